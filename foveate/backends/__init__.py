@@ -1,0 +1,1 @@
+"""Where a rewritten graph becomes something that runs."""

@@ -1,0 +1,51 @@
+"""The one interface of backends: a graph of a program in, something callable out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Protocol
+
+from torch import Tensor, fx
+
+from foveate.errors import BackendError
+from foveate.ir.join import join
+from foveate.ir.program import Program
+
+Inputs = Mapping[str, Tensor | int]
+Runner = Callable[[Inputs], dict[str, Any]]
+"""Takes a graph's inputs by name (names it does not know are ignored) and returns its outputs by name."""
+
+BACKENDS: dict[str, str] = {
+    "eager": "foveate.backends.eager",
+    "inductor": "foveate.backends.inductor",
+}
+"""Backend name -> module with a `lower` function."""
+
+
+class Lower(Protocol):
+    """What a backend module offers."""
+
+    def __call__(self, program: Program, graph: fx.Graph, name: str) -> Runner:
+        """Make a graph runnable; the graph is not changed."""
+
+
+def lower(program: Program, backend: str) -> dict[str, Runner]:
+    """Every graph of a program, runnable, after the rewrites that no backend can do without.
+
+    Raises BackendError for a name that is not in `BACKENDS`.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} is not known; there are: {', '.join(BACKENDS)}")
+    module = import_module(BACKENDS[backend])
+    function: Lower = module.lower
+    runners = {}
+    for name, graph in program.graphs.items():
+        ready = join(program, graph) if name == "prefill" else graph
+        runners[name] = function(program, ready, name)
+    return runners
+
+
+def input_names(graph: fx.Graph) -> tuple[str, ...]:
+    """Names of a graph's inputs, in order."""
+    return tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")

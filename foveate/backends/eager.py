@@ -1,0 +1,26 @@
+"""Run a graph op by op with torch."""
+
+from __future__ import annotations
+
+from torch import fx
+
+import foveate.kernels  # noqa: F401  registers what the foveate ops compute
+from foveate.backends.base import Inputs, Runner, input_names
+from foveate.ir.program import Program
+
+
+def graph_module(program: Program, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A module that shares the program's weights; what it returns is what the graph returns."""
+    return fx.GraphModule(program.weights, graph, class_name=f"Foveate{name.capitalize()}")
+
+
+def lower(program: Program, graph: fx.Graph, name: str) -> Runner:
+    """See `foveate.backends.base.Lower`."""
+    module = graph_module(program, graph, name)
+    names = input_names(graph)
+
+    def run(inputs: Inputs) -> dict[str, object]:
+        result: dict[str, object] = module(*(inputs[n] for n in names))
+        return result
+
+    return run

@@ -1,0 +1,1 @@
+"""The compiler's middle: programs, tracing, the modality-split form, the rewriter, the verifier, text and cost."""

@@ -1,0 +1,3 @@
+"""Temporary."""
+def join(program, graph, inputs=False):
+    return graph

@@ -1,0 +1,207 @@
+"""The only thing that edits a graph.
+
+A `Rewriter` inserts, replaces and erases; every node it makes gets its symbolic shape at once and its provenance
+(`NodeInfo`), and every edit is counted, so that reports and diffs can say what a pass did.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from foveate.errors import TraceError
+from foveate.ir.program import NodeInfo, Program, Stream, info, outputs
+
+Arg = Any
+"""What an FX node takes: nodes, numbers, strings, None, dtypes, devices, and lists of them."""
+
+
+def map_arg(arg: Arg, change: Callable[[fx.Node], Arg]) -> Arg:
+    """`arg` with every node in it replaced by `change(node)`."""
+    return fx.map_arg(arg, change)
+
+
+class Rewriter:
+    """Edits one graph of a program on behalf of a named step."""
+
+    def __init__(self, program: Program, graph: fx.Graph, by: str) -> None:
+        self.program = program
+        self.graph = graph
+        self.by = by
+        self.events: Counter[str] = Counter()
+        self._names: Counter[str] = Counter()
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was inserted, replaced or erased."""
+        return sum(self.events.values()) > 0
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go in front of `node`."""
+        with self.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go right behind `node`."""
+        with self.graph.inserting_before(node.next):
+            yield
+
+    def call(self, op: Any, *args: Arg, about: NodeInfo, **kwargs: Arg) -> fx.Node:
+        """Insert a call of an op (a `torch.ops` overload); its shape is computed now, from its arguments' shapes."""
+        node = self.graph.create_node("call_function", op, args, kwargs, name=self._name(op, about))
+        return self._finish(node, about, self._evaluate(op, args, kwargs))
+
+    def item(self, source: fx.Node, place: int, about: NodeInfo) -> fx.Node:
+        """One of the results of an op that returns several."""
+        import operator
+
+        node = self.graph.create_node(
+            "call_function", operator.getitem, (source, place), {}, name=self._name(f"item{place}", about)
+        )
+        return self._finish(node, about, source.meta["val"][place])
+
+    def placeholder(self, name: str, value: Arg, about: NodeInfo) -> fx.Node:
+        """An input of the graph; inputs stand first, in the order they were made."""
+        anchor = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+        if anchor is None:
+            return self._finish(self.graph.placeholder(name), about, value)
+        with self.before(anchor):
+            return self._finish(self.graph.placeholder(name), about, value)
+
+    def weight(self, name: str) -> fx.Node:
+        """The weight of that name; one node a graph, in front of everything that computes."""
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return node
+            if node.op == "call_function":
+                break
+        anchor = next((n for n in self.graph.nodes if n.op in ("call_function", "output")), None)
+        value = self.program.symbols.mode.from_tensor(self.program.weights.get(name), static_shapes=True)
+        about = NodeInfo(layer=-1, role=name, by="trace")
+        if anchor is None:
+            return self._finish(self._get_attr(name), about, value)
+        with self.before(anchor):
+            return self._finish(self._get_attr(name), about, value)
+
+    def output(self, value: dict[str, Arg]) -> fx.Node:
+        """Set what the graph returns."""
+        for node in self.graph.nodes:
+            if node.op == "output":
+                node.args = (value,)
+                self.events["output"] += 1
+                return node
+        node = self.graph.output(value)
+        node.meta["foveate"] = NodeInfo(layer=self.program.info.layers, role="output", by=self.by)
+        return node
+
+    def like(self, node: fx.Node, args: tuple[Arg, ...], stream: Stream | None = None) -> fx.Node:
+        """The same op on other arguments, with the same reason for being there."""
+        old = info(node)
+        about = old.with_(stream=stream or old.stream, by=self.by, origin=(node.name,))
+        return self.call(node.target, *args, about=about, **node.kwargs)
+
+    def replace(self, old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool] | None = None) -> None:
+        """Every user of `old` (for which `where` holds) uses `new` instead; `old` stays until `sweep`."""
+        old.replace_all_uses_with(new, delete_user_cb=where or (lambda user: user is not new), propagate_meta=False)
+        self.events["replaced"] += 1
+
+    def set_args(self, node: fx.Node, args: tuple[Arg, ...]) -> None:
+        """Give a node other arguments and recompute its shape."""
+        node.args = args
+        node.meta["val"] = self._evaluate(node.target, args, node.kwargs)
+        self.events["changed"] += 1
+
+    def refresh(self) -> None:
+        """Recompute every shape from the inputs on, after arguments changed size."""
+        import operator
+
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.target is operator.getitem:
+                node.meta["val"] = node.args[0].meta["val"][node.args[1]]
+            elif node.op == "call_function":
+                node.meta["val"] = self._evaluate(node.target, node.args, node.kwargs)
+
+    def sweep(self) -> int:
+        """Erase what no output needs, except inputs; says how many nodes went."""
+        erased = 0
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op in ("call_function", "get_attr"):
+                self.graph.erase_node(node)
+                erased += 1
+        if erased:
+            self.events["erased"] += erased
+        return erased
+
+    def _get_attr(self, name: str) -> fx.Node:
+        return self.graph.create_node("get_attr", name, name="w_" + name.replace(".", "_"))
+
+    def _name(self, op: Any, about: NodeInfo) -> str:
+        # Names are counted per base, so that the same steps always give the same names.
+        stream = "" if about.stream == "none" else f"_{about.stream}"
+        what = op if isinstance(op, str) else op._schema.name.rpartition("::")[2]
+        base = f"l{about.layer}{stream}_{what}" if about.layer >= 0 else f"pre{stream}_{what}"
+        self._names[base] += 1
+        return f"{base}_{self._names[base]}"
+
+    def _evaluate(self, op: Any, args: Arg, kwargs: Arg) -> Any:
+        fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+        # Constants live in the program's fake world too; `immutable_list` is FX's own list type.
+        with self.program.symbols.mode, torch.no_grad():
+            try:
+                return op(*_plain(fake_args), **{k: _plain(v) for k, v in fake_kwargs.items()})
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise TraceError(f"{op} does not accept its arguments: {str(error).splitlines()[0]}") from error
+
+    def _finish(self, node: fx.Node, about: NodeInfo, value: Any) -> fx.Node:
+        node.meta["foveate"] = about if about.by != "trace" or self.by == "trace" else about.with_(by=self.by)
+        node.meta["val"] = value
+        self.events["inserted"] += 1
+        return node
+
+
+def _plain(value: Arg) -> Arg:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else [_plain(v) for v in value]
+    return value
+
+
+def shape(node: fx.Node) -> torch.Size:
+    """Symbolic shape of a node's value."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.shape
+
+
+def nodes_of(
+    graph: fx.Graph,
+    *,
+    stream: Stream | None = None,
+    role: str | Iterable[str] | None = None,
+    layer: int | None = None,
+    op: Any = None,
+) -> list[fx.Node]:
+    """Computing nodes that match all of what is given, in graph order."""
+    roles = None if role is None else {role} if isinstance(role, str) else set(role)
+    return [
+        n
+        for n in graph.nodes
+        if n.op == "call_function"
+        and (stream is None or info(n).stream == stream)
+        and (roles is None or info(n).role in roles)
+        and (layer is None or info(n).layer == layer)
+        and (op is None or n.target == op)
+    ]
+
+
+def output_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes a graph returns."""
+    found: set[fx.Node] = set()
+    map_arg(outputs(graph), lambda n: found.add(n) or n)  # type: ignore[func-returns-value]  # add in passing
+    return found

@@ -1,0 +1,127 @@
+"""What makes a program valid, as a list of rules; `verify` runs them all.
+
+A rule looks at one graph and yields (node, complaint). Add a rule by writing a function and naming it in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx
+
+from foveate import ops
+from foveate.errors import TraceError, VerifyError
+from foveate.ir.program import NodeInfo, Program, layer_kv, outputs
+from foveate.ir.tokens import token_axes
+
+Complaints = Iterator[tuple[fx.Node, str]]
+Rule = Callable[[Program, str, fx.Graph], Complaints]
+
+
+def known_ops(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Graphs call aten and foveate ops, and take results apart; nothing else."""
+    import operator
+
+    for node in graph.nodes:
+        if node.op in ("call_module", "call_method"):
+            yield node, f"a `{node.op}` node; only inputs, weights, ops and one output may stand in a graph"
+        elif node.op == "call_function" and node.target is not operator.getitem:
+            namespace = getattr(node.target, "namespace", None)
+            if namespace not in ("aten", "foveate"):
+                yield node, f"calls {node.target}, which is not an aten or foveate op"
+
+
+def described(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Every node says why it is there and what shape it has."""
+    for node in graph.nodes:
+        if not isinstance(node.meta.get("foveate"), NodeInfo):
+            yield node, "has no NodeInfo"
+        elif node.op != "output" and "val" not in node.meta:
+            yield node, "has no shape"
+
+
+def weights_exist(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Weights that a graph reads are in the program."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in program.weights.names:
+            yield node, f"reads the weight {node.target}, which the program does not have"
+
+
+def nothing_dead(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Every computed value is used."""
+    for node in graph.nodes:
+        if node.op in ("call_function", "get_attr") and not node.users:
+            yield node, "computes what nothing uses"
+
+
+def tokens_apart(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """In the decoder nothing but attention and selection mixes tokens."""
+    if name != "prefill" or any(n.target == ops.take_tokens for n in graph.nodes):
+        return
+    axes = {n.name: 1 for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)}
+    try:
+        token_axes(graph, axes)
+    except TraceError as error:
+        yield graph.output_node(), str(error)
+
+
+def attention_fits(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Attention has as many streams as its layout names, and whole groups of query heads a key head."""
+    for node in graph.nodes:
+        if node.target != ops.attention:
+            continue
+        q, k, v, q_order, k_order, _, layout, _ = node.args
+        queries, _, keys = layout.partition(":")
+        if not (len(q) == len(q_order) == len(queries) and len(k) == len(v) == len(k_order) == len(keys)):
+            yield node, f"has {len(q)} query and {len(k)} key streams for the layout {layout!r}"
+        for key in k:
+            if q[0].meta["val"].shape[1] % key.meta["val"].shape[1]:
+                yield node, f"has {q[0].meta['val'].shape[1]} query heads for {key.meta['val'].shape[1]} key heads"
+
+
+def kv_complete(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Prefill and decode return keys and values of every layer, 4-D, keys as long as values."""
+    if name == "vision":
+        return
+    entries = layer_kv(graph)
+    if len(entries) != program.info.layers:
+        yield graph.output_node(), f"returns {len(entries)} layers of keys and values, not {program.info.layers}"
+    for layer in entries:
+        for pair in (layer.text, layer.visual):
+            if pair and pair[0].meta["val"].shape != pair[1].meta["val"].shape:
+                yield pair[0], f"keys {tuple(pair[0].meta['val'].shape)} and values do not have the same shape"
+
+
+def returns_logits(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Decoder graphs return logits [batch, 1, vocabulary] of a floating type."""
+    if name == "vision":
+        return
+    logits = outputs(graph)["logits"]
+    value: Tensor = logits.meta["val"]
+    if value.dim() != 3 or value.shape[1] != 1 or value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        yield logits, f"logits are {value.dtype} {tuple(value.shape)}, not [batch, 1, vocabulary]"
+
+
+RULES: tuple[Rule, ...] = (
+    known_ops,
+    described,
+    weights_exist,
+    nothing_dead,
+    tokens_apart,
+    attention_fits,
+    kv_complete,
+    returns_logits,
+)
+
+
+def verify(program: Program) -> None:
+    """Check every graph against every rule.
+
+    Raises VerifyError naming the graph, the node, the rule and the complaint of the first violation.
+    """
+    for name, graph in program.graphs.items():
+        graph.lint()
+        for rule in RULES:
+            for node, complaint in rule(program, name, graph):
+                raise VerifyError(f"{name} graph, node {node.name}: {complaint} (rule {rule.__name__})")

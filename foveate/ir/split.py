@@ -1,0 +1,142 @@
+"""The modality-split form, and the way back.
+
+    before (joint)                         after (split)
+    h [B, S, D]                            h.visual [B, Nv, D]           h.text [B, Nt, D]
+    q = linear(h, w)                       q.visual = linear(h.visual, w)   q.text = linear(h.text, w)
+    a = attention(q, k, v)                 a.visual = attention(q.visual; k.visual + k.text)
+                                           a.text   = attention(q.text;   k.visual + k.text)
+
+Sound because token-axis analysis proves that every op but attention works on each token alone, and attention is
+given the keys of both streams with their order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from foveate import ops
+from foveate.ir.program import NodeInfo, Program, info
+from foveate.ir.rewriter import Rewriter, map_arg
+from foveate.ir.tokens import takes_last, token_axes
+
+INPUT_AXES = {"hidden": 1, "position_ids": 1, "order": 1}
+"""Token axis of the joint decoder's inputs."""
+
+_STREAMS: tuple[Literal["visual", "text"], ...] = ("visual", "text")
+
+
+def split(program: Program, joint: fx.Graph) -> fx.Graph:
+    """The split form of a joint decoder graph; the joint graph is not changed.
+
+    The result takes `visual`, `text`, `visual_position_ids`, `text_position_ids`, `visual_order`, `text_order` and
+    the integer `prefix` (see `foveate.ops.attention`) and returns `{"logits": [B, 1, V], "kv": [[k_visual,
+    v_visual, k_text, v_text] a layer], "kept": {}}`.
+    """
+    axes = token_axes(joint, INPUT_AXES)
+    graph = fx.Graph()
+    edit = Rewriter(program, graph, by="split")
+    twins: dict[fx.Node, dict[str, fx.Node]] = {}
+    prefix: fx.Node | None = None
+
+    def take(node: fx.Node, stream: str) -> fx.Node:
+        found = twins[node]
+        return found[stream] if stream in found else found["text"]
+
+    for node in joint.nodes:
+        about = info(node)
+        if node.op == "placeholder":
+            twins[node] = {s: _input(edit, node, s) for s in _STREAMS}
+        elif node.op == "get_attr":
+            twins[node] = {"text": edit.weight(str(node.target))}
+        elif node.op == "output":
+            edit.output(_outputs(node, twins))
+        elif node.target == ops.attention:
+            if prefix is None:
+                prefix = edit.placeholder("prefix", program.symbols["prefix"], NodeInfo(-1, "prefix"))
+            twins[node] = {s: _attention(edit, node, twins, s, prefix) for s in _STREAMS}
+        elif axes[node] is None:
+            # No tokens, or the last token only, which is a text token.
+            last = takes_last(node, axes) or any(
+                info(n).stream == "text" and axes[m] is None
+                for m in node.all_input_nodes
+                for n in twins[m].values()
+            )
+            args = map_arg(node.args, lambda n: take(n, "text"))
+            twins[node] = {"text": edit.call(
+                node.target, *args, about=about.with_(stream="text" if last else "none"), **node.kwargs
+            )}
+        else:
+            twins[node] = {
+                s: edit.call(
+                    node.target,
+                    *map_arg(node.args, lambda n, s=s: take(n, s)),
+                    about=about.with_(stream=s),
+                    **node.kwargs,
+                )
+                for s in _STREAMS
+            }
+    edit.sweep()
+    return graph
+
+
+def _input(edit: Rewriter, node: fx.Node, stream: str) -> fx.Node:
+    value = node.meta["val"]
+    sizes: list[Any] = list(value.shape)
+    sizes[1] = edit.program.symbols[f"{stream}_tokens"]
+    with edit.program.symbols.mode:
+        fake = torch.empty(sizes, dtype=value.dtype, device=value.device)
+    name = stream if node.name == "hidden" else f"{stream}_{node.name}"
+    return edit.placeholder(name, fake, NodeInfo(-1, node.name, "visual" if stream == "visual" else "text"))
+
+
+def _attention(
+    edit: Rewriter, node: fx.Node, twins: dict[fx.Node, dict[str, fx.Node]], stream: Any, prefix: fx.Node
+) -> fx.Node:
+    (q,), (k,), (v,), (q_order,), (k_order,), _, _, scale = node.args  # type: ignore[misc]  # a joint attention
+    keys, values, key_order = ([twins[x][s] for s in _STREAMS] for x in (k, v, k_order))
+    args = ([twins[q][stream]], keys, values, [twins[q_order][stream]], key_order, prefix)
+    return edit.call(
+        ops.attention, *args, f"{stream[0]}:vt", scale, about=info(node).with_(stream=stream)
+    )
+
+
+def _outputs(node: fx.Node, twins: dict[fx.Node, dict[str, fx.Node]]) -> dict[str, Any]:
+    value: Any = node.args[0]
+    kv = [[twins[x][s] for s in _STREAMS for x in (k, v)] for _, _, k, v in value["kv"]]
+    return {"logits": twins[value["out"]]["text"], "kv": kv, "kept": {}}
+
+
+def join(program: Program, graph: fx.Graph, inputs: bool = False) -> fx.Graph:
+    """Where both streams do the same op with the same weight, do it once; the argument is not changed.
+
+    Values that belong together are concatenated as (visual, text) along their token axis and stay so until one
+    stream is needed alone, which is then a slice. With `inputs`, the graph's own inputs are joined too and the
+    result takes `hidden`, `position_ids` and `order` again: `join(split(g), inputs=True)` gives back g.
+    """
+    from foveate.ir.join import Joiner
+
+    return Joiner(program, graph, inputs).run()
+
+
+def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as plain data, up to node names: what round trips compare."""
+    number = {node: i for i, node in enumerate(graph.nodes)}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return ("node", number[value])
+        if isinstance(value, (list, tuple)):
+            return tuple(plain(v) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, plain(v)) for k, v in value.items())
+        return value
+
+    rows = []
+    for node in graph.nodes:
+        about = info(node)
+        rows.append((node.op, str(node.target), plain(node.args), plain(node.kwargs), about.layer, about.role))
+    return rows
+

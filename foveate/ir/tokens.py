@@ -1,0 +1,226 @@
+"""Token-axis analysis: which axis of each value counts tokens, and which ops keep tokens apart.
+
+A forward dataflow over a graph in which each value has one token axis or none. An op whose rule is not known, or
+that would mix tokens, is an error that names the node; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from foveate import ops
+from foveate.errors import TraceError
+from foveate.ir.program import info
+from foveate.ir.rewriter import shape
+
+aten = torch.ops.aten
+LAST = aten.slice.Tensor
+
+Axes = dict[fx.Node, int | None]
+"""Token axis of each node, counted from the front; None where a value does not depend on tokens."""
+
+
+class _Mixes(Exception):
+    """An op would mix tokens."""
+
+
+def token_axes(graph: fx.Graph, inputs: dict[str, int]) -> Axes:
+    """The token axis of every value, given that of the inputs (by placeholder name).
+
+    Raises TraceError naming the node, its layer and module, and the op, where tokens are mixed.
+    """
+    axes: Axes = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            axes[node] = inputs.get(node.name)
+        elif node.op == "get_attr":
+            axes[node] = None
+        elif node.op == "call_function":
+            axes[node] = _axis(node, axes)
+    return axes
+
+
+def takes_last(node: fx.Node, axes: Axes) -> bool:
+    """Whether a node keeps the last token only."""
+    if node.target != LAST:
+        return False
+    source, dim, start = node.args[0], node.args[1], node.args[2]
+    assert isinstance(source, fx.Node)
+    return axes.get(source) == dim and start == -1
+
+
+def _axis(node: fx.Node, axes: Axes) -> int | None:
+    if all(axes.get(n) is None for n in node.all_input_nodes):
+        return None
+    rule = RULES.get(node.target)  # type: ignore[arg-type]  # call_function targets are ops here
+    about = info(node)
+    place = f"layer {about.layer}, {about.role}, node {node.name}: {node.target}"
+    if rule is None:
+        raise TraceError(f"{place} is not known to keep tokens apart")
+    try:
+        return rule(node, axes)
+    except _Mixes as reason:
+        raise TraceError(f"{place} mixes tokens: {reason}") from None
+
+
+def _dims(node: fx.Node) -> int:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.dim()
+
+
+def _elementwise(node: fx.Node, axes: Axes) -> int | None:
+    """Values align from the right; those with a token axis must have it in the same place."""
+    rank = _dims(node)
+    places = {rank - _dims(n) + a for n in node.all_input_nodes if (a := axes.get(n)) is not None}
+    if len(places) != 1:
+        raise _Mixes("its operands have their tokens on different axes")
+    place = places.pop()
+    for operand in node.all_input_nodes:
+        mirrored = place - (rank - _dims(operand))
+        if axes.get(operand) is None and mirrored >= 0 and shape(operand)[mirrored] != 1:
+            raise _Mixes(f"{operand.name} has one value for each place in the sequence")
+    return place
+
+
+def _same(node: fx.Node, axes: Axes) -> int | None:
+    return axes[node.args[0]]  # type: ignore[index]  # first argument is a node in every op of this rule
+
+
+def _first(node: fx.Node, axes: Axes) -> tuple[int, int]:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    axis = axes.get(source)
+    if axis is None:
+        raise _Mixes("its second operand has tokens and its first has none")
+    return axis, _dims(source)
+
+
+def _linear(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    if axis == rank - 1:
+        raise _Mixes("it contracts the token axis")
+    return axis
+
+
+def _unflatten(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    dim = int(node.args[1]) % rank  # type: ignore[arg-type]  # an int by the op's schema
+    if dim == axis:
+        raise _Mixes("it splits the token axis")
+    return axis if axis < dim else axis + _dims(node) - rank
+
+
+def _flatten(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    start, stop = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]  # ints by the op's schema
+    if start <= axis <= stop:
+        raise _Mixes("it folds the token axis into another")
+    return axis if axis < start else axis - (stop - start)
+
+
+def _transpose(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]  # ints by the op's schema
+    return {a: b, b: a}.get(axis, axis)
+
+
+def _unsqueeze(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    dim = int(node.args[1]) % (rank + 1)  # type: ignore[arg-type]  # an int by the op's schema
+    return axis + 1 if dim <= axis else axis
+
+
+def _slice(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    if int(node.args[1]) % rank == axis:  # type: ignore[call-overload]  # an int by the op's schema
+        if takes_last(node, axes):
+            return None
+        raise _Mixes("it slices the token axis")
+    return axis
+
+
+def _over(node: fx.Node, axes: Axes, dims: Any) -> int | None:
+    axis, rank = _first(node, axes)
+    if axis in {int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}:
+        raise _Mixes("it reduces over the token axis")
+    return axis
+
+
+def _reduce(node: fx.Node, axes: Axes) -> int | None:
+    axis = _over(node, axes, node.args[1])
+    if axis is not None and not (len(node.args) > 2 and node.args[2]):
+        rank = _dims(node.args[0])  # type: ignore[arg-type]  # a node, checked by _over
+        dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+        axis -= sum(int(d) % rank < axis for d in dims)  # type: ignore[arg-type]  # ints by the op's schema
+    return axis
+
+
+def _softmax(node: fx.Node, axes: Axes) -> int | None:
+    return _over(node, axes, node.args[1])
+
+
+def _norm(node: fx.Node, axes: Axes) -> int | None:
+    _, rank = _first(node, axes)
+    shape_ = node.args[1]
+    assert isinstance(shape_, (list, tuple))
+    return _over(node, axes, list(range(rank - len(shape_), rank)))
+
+
+def _cat(node: fx.Node, axes: Axes) -> int | None:
+    parts = node.args[0]
+    assert isinstance(parts, (list, tuple))
+    found = {axes.get(p) for p in parts}  # type: ignore[arg-type]  # nodes by the op's schema
+    dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]  # an int by the op's schema
+    axis = next(iter(found))
+    if len(found) != 1 or axis is None or dim % _dims(node) == axis:
+        raise _Mixes("it joins values along or across the token axis")
+    return axis
+
+
+def _matmul(node: fx.Node, axes: Axes) -> int | None:
+    left, right = node.args[:2]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    a, b, rank = axes.get(left), axes.get(right), _dims(node)
+    if a is not None and b is None and a == _dims(left) - 2:
+        return rank - 2
+    if a is None and b is not None and b == _dims(right) - 1:
+        return rank - 1
+    raise _Mixes("it contracts the token axis or multiplies tokens by tokens")
+
+
+def _attention(node: fx.Node, axes: Axes) -> int | None:
+    return 1
+
+
+Rule = Callable[[fx.Node, Axes], int | None]
+
+ELEMENTWISE = (
+    *(getattr(aten, name).Tensor for name in ("add", "sub", "mul", "div")),
+    *(getattr(aten, name).default for name in ("neg", "silu", "gelu", "sigmoid", "tanh", "relu", "rsqrt", "sqrt")),
+    *(getattr(aten, name).default for name in ("cos", "sin", "exp", "abs", "reciprocal")),
+    aten.pow.Tensor_Scalar,
+    aten.to.dtype,
+)
+
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    aten.linear.default: _linear,
+    aten.unflatten.int: _unflatten,
+    aten.flatten.using_ints: _flatten,
+    aten.transpose.int: _transpose,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.slice.Tensor: _slice,
+    aten.mean.dim: _reduce,
+    aten.sum.dim_IntList: _reduce,
+    aten.softmax.int: _softmax,
+    aten.rms_norm.default: _norm,
+    aten.layer_norm.default: _norm,
+    aten.cat.default: _cat,
+    aten.matmul.default: _matmul,
+    ops.attention: _attention,
+}

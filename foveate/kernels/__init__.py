@@ -1,0 +1,21 @@
+"""What the `foveate::` ops compute. Importing this package registers the implementations with torch.
+
+Each op has a reference (`foveate.kernels.reference`), which is the oracle in plain, slow torch, and an
+implementation that memory and time can afford. Gradients do not flow through these ops yet: torch says so when
+`backward` reaches one.
+"""
+
+from foveate.kernels import attention, tokens
+from foveate.ops import LIBRARY
+
+IMPLEMENTATIONS = {
+    "attention": attention.attention,
+    "encoder_attention": attention.encoder_attention,
+    "attention_row": attention.attention_row,
+    "top_tokens": tokens.top_tokens,
+    "take_tokens": tokens.take_tokens,
+    "random_scores": tokens.random_scores,
+}
+
+for _name, _implementation in IMPLEMENTATIONS.items():
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -1,0 +1,136 @@
+"""Causal attention over visual and text streams, without an S x S mask.
+
+Three ways, all exact, chosen by what the caller promised (see `foveate.ops.attention`):
+
+- *few queries* (decoding, one row): one matmul a key stream; only the scores are concatenated, never the cache.
+- *structure known* (`prefix` >= 0): the streams are put in sequence order and the causal kernel does the rest.
+- *nothing known* (padding, several images): blocks of queries, each with a boolean mask of its own.
+
+Masks cover one block of queries, so memory grows linearly with the number of tokens.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+FEW_QUERIES = 8
+BLOCK = 256
+
+
+def attention(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    q_order: list[Tensor],
+    k_order: list[Tensor],
+    prefix: int,
+    layout: str,
+    scale: float,
+) -> Tensor:
+    """`foveate::attention`; shapes as in `foveate.ops`."""
+    if sum(x.shape[2] for x in q) <= FEW_QUERIES:
+        rows = attention_row(torch.cat(q, 2), k, torch.cat(q_order, 1), k_order, scale).to(q[0].dtype)
+        parts = rows.split([x.shape[2] for x in k], dim=3)
+        out = sum(_grouped(p, x) for p, x in zip(parts, v, strict=True))
+        assert isinstance(out, Tensor)  # k and v are never empty lists
+        return out.transpose(1, 2).contiguous()
+    if prefix >= 0 and layout in _STRUCTURED:
+        return _STRUCTURED[layout](q, k, v, prefix, scale)
+    keys, values, key_order = torch.cat(k, 2), torch.cat(v, 2), torch.cat(k_order, 1)
+    outs = [_masked(x, keys, values, order, key_order, scale) for x, order in zip(q, q_order, strict=True)]
+    return torch.cat(outs, 2).transpose(1, 2).contiguous()
+
+
+def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`foveate::encoder_attention`; shapes as in `foveate.ops`."""
+    return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+
+def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
+    """`foveate::attention_row`; scores and softmax in fp32, one matmul a key stream."""
+    batch, heads, rows, size = q.shape
+    # Sizes are written out: with no query at all, -1 would be ambiguous.
+    kv_heads = k[0].shape[1]
+    groups = q.reshape(batch, kv_heads, heads // kv_heads * rows, size)
+    scores = torch.cat([(groups @ x.transpose(2, 3)).float() for x in k], dim=3) * scale
+    scores = scores.view(batch, heads, rows, scores.shape[3])
+    visible = torch.cat(k_order, 1)[:, None, None, :] <= q_order[:, None, :, None]
+    return scores.masked_fill(~visible, -math.inf).softmax(-1)
+
+
+def _grouped(rows: Tensor, v: Tensor) -> Tensor:
+    """Rows [B, H, R, m] times v [B, Hk, m, e] with each key head shared by its group -> [B, H, R, e]."""
+    batch, heads, count, keys = rows.shape
+    groups = rows.reshape(batch, v.shape[1], heads // v.shape[1] * count, keys)
+    return (groups @ v).view(batch, heads, count, v.shape[3])
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, q_order: Tensor, k_order: Tensor, scale: float) -> Tensor:
+    """Queries in blocks, each with its own mask from the orders -> [B, H, n, e]."""
+    outs = [
+        _sdpa(rows, k, v, scale, k_order[:, None, None, :] <= order[:, None, :, None])
+        for rows, order in zip(q.split(BLOCK, 2), q_order.split(BLOCK, 1), strict=True)
+    ]
+    return torch.cat(outs, 2)
+
+
+def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last n of m positions: q [B, H, n, e], k, v [B, Hk, m, e], n <= m."""
+    n, m = q.shape[2], k.shape[2]
+    if n == m:
+        return _sdpa(q, k, v, scale, causal=True)
+    outs = []
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        seen = m - n + stop
+        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).tril(seen - (stop - start))
+        outs.append(_sdpa(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], scale, mask))
+    return torch.cat(outs, 2) if outs else torch.empty_like(q)
+
+
+def _in_sequence(visual: Tensor, text: Tensor, prefix: int) -> Tensor:
+    """Both streams [B, H, n, e] in the order of the prompt."""
+    return torch.cat([text[:, :, :prefix], visual, text[:, :, prefix:]], 2)
+
+
+def _whole(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale: float) -> Tensor:
+    """vt:vt, a whole layer: one causal call in sequence order."""
+    joined = (_in_sequence(*x, prefix) for x in (q, k, v))
+    out = _sdpa(*joined, scale, causal=True).transpose(1, 2)
+    end = prefix + q[0].shape[2]
+    return torch.cat([out[:, prefix:end], out[:, :prefix], out[:, end:]], 1)
+
+
+def _blind(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale: float) -> Tensor:
+    """t:t, text that does not see the image."""
+    return _lower_right(q[0], k[0], v[0], scale).transpose(1, 2).contiguous()
+
+
+def _visual(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale: float) -> Tensor:
+    """v:vt, visual queries see the text before the image and, causally, the image."""
+    keys, values = (torch.cat([x[1][:, :, :prefix], x[0]], 2) for x in (k, v))
+    return _lower_right(q[0], keys, values, scale).transpose(1, 2).contiguous()
+
+
+def _text(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale: float) -> Tensor:
+    """t:vt, text queries: those before the image see only text, those after it see the whole prompt.
+
+    Fewer queries than text keys are the last ones of the prompt.
+    """
+    before = max(0, prefix - (k[1].shape[2] - q[0].shape[2]))
+    outs = [_lower_right(q[0][:, :, before:], *(_in_sequence(*x, prefix) for x in (k, v)), scale)]
+    if before:
+        outs.insert(0, _lower_right(q[0][:, :, :before], k[1][:, :, :prefix], v[1][:, :, :prefix], scale))
+    return torch.cat(outs, 2).transpose(1, 2).contiguous()
+
+
+_STRUCTURED = {"vt:vt": _whole, "t:t": _blind, "v:vt": _visual, "t:vt": _text}

@@ -1,0 +1,225 @@
+"""An optimized model: a program and a backend behind the Hugging Face calling convention."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from foveate.backends.base import lower
+from foveate.cache import VisualTextCache
+from foveate.errors import InputError
+from foveate.ir.program import Program
+from foveate.streams import Stream, Streams, arrange
+
+
+@dataclass
+class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
+    """What an optimized model returns.
+
+    logits: [B, 1, V] of the token after the last. past_key_values: the cache. kept: for each layer before which
+    visual tokens were selected, the places in the prompt of those that stay, int64 [B, k], padded with the
+    largest int64.
+    """
+
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    kept: dict[int, Tensor] | None = None
+
+
+class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers is untyped
+    """Runs a program as a transformers model: `opt(**inputs)`, `opt.generate(**inputs)`.
+
+    Made by `foveate.optimize` and `foveate.load`.
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, program: Program, config: Any, generation_config: Any = None, backend: str = "eager") -> None:
+        super().__init__(copy.deepcopy(config))
+        self.generation_config = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(config)
+        self.weights = program.weights
+        self.program = program
+        self.backend = backend
+        self._run = lower(program, backend)
+        self.eval()
+
+    def report(self) -> Any:
+        """What each pass did and what it gained; prints as a table."""
+        from foveate.report.passes import report
+
+        return report(self.program)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: VisualTextCache | None = None,
+        use_cache: bool = True,
+        **options: Any,
+    ) -> NextToken:
+        """Next-token logits of a batch of prompts, or of their continuation when a filled cache is given.
+
+        Takes what the model's processor returns. Raises InputError where the inputs do not fit together.
+        """
+        _refuse(options)
+        if input_ids is None:
+            raise InputError("input_ids is missing: give what the model's processor returns")
+        if past_key_values is not None and past_key_values.get_seq_length():
+            if not isinstance(past_key_values, VisualTextCache):
+                raise InputError(f"past_key_values is a {type(past_key_values).__name__}; give one this model returned")
+            return self._run_decode(input_ids, past_key_values)
+        return self._run_prefill(input_ids, pixel_values, attention_mask, position_ids, past_key_values, use_cache)
+
+    def _run_prefill(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: VisualTextCache | None,
+        use_cache: bool,
+    ) -> NextToken:
+        info = self.program.info
+        features = self._features(pixel_values)
+        streams = arrange(info, input_ids, attention_mask, position_ids, 0 if features is None else len(features))
+        out = self._run["prefill"](self._inputs(input_ids, streams, features))
+        kept = {int(layer): order for layer, order in out["kept"].items()}
+        if use_cache:
+            cache = cache if isinstance(cache, VisualTextCache) else VisualTextCache()
+            orders = {"visual_order": streams.visual.order, **{f"kept_{n}": order for n, order in kept.items()}}
+            cache.fill(
+                out["kv"], orders, streams.text.order, streams.prefix, input_ids.shape[1], streams.next_position
+            )
+        return NextToken(logits=out["logits"], past_key_values=cache if use_cache else None, kept=kept or None)
+
+    def _run_decode(self, input_ids: Tensor, cache: VisualTextCache) -> NextToken:
+        batch, tokens = input_ids.shape
+        steps = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
+        order = steps + cache.seen
+        assert cache.next_position is not None  # a filled cache has it
+        out = self._run["decode"]({
+            **cache.inputs(),
+            "text": self._embed(input_ids),
+            "text_position_ids": steps + cache.next_position,
+            "text_order": order.contiguous(),
+        })
+        cache.extend(out["kv"], order)
+        return NextToken(logits=out["logits"], past_key_values=cache)
+
+    def _features(self, pixel_values: Tensor | None) -> Tensor | None:
+        """Visual embeddings [I, tokens per image, D] of all images of the batch."""
+        if pixel_values is None:
+            return None
+        expected = self.program.info.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise InputError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes [images, "
+                f"{', '.join(map(str, expected))}]"
+            )
+        features = self._run["vision"]({"pixel_values": pixel_values.to(self.dtype)})["out"]
+        assert isinstance(features, Tensor)  # the vision graph returns one tensor
+        return features
+
+    def _inputs(self, input_ids: Tensor, streams: Streams, features: Tensor | None) -> dict[str, Tensor | int]:
+        text = self._embed(input_ids.gather(1, streams.text.index))
+        if features is None:
+            visual = text.new_zeros(text.shape[0], 0, text.shape[2])
+        else:
+            flat = features.flatten(0, 1)
+            visual = flat[streams.feature.gather(1, streams.visual.index)]
+            # The last visual token of a prompt that ends in an image travels with the text.
+            moved = streams.image.gather(1, streams.text.index) & (streams.text.order >= 0)
+            text = torch.where(moved[..., None], flat[streams.feature.gather(1, streams.text.index)], text)
+        named: dict[str, Stream] = {"visual": streams.visual, "text": streams.text}
+        inputs: dict[str, Tensor | int] = {"visual": visual, "text": text, "prefix": streams.prefix}
+        for name, stream in named.items():
+            inputs[f"{name}_position_ids"] = stream.position_ids
+            inputs[f"{name}_order"] = stream.order
+        return inputs
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        table = self.weights.get(self.program.info.paths["embed"])
+        return embedding(input_ids.clamp(max=table.shape[0] - 1), table)
+
+    # What `generate` asks of a model.
+
+    def can_generate(self) -> bool:
+        """Yes: `generate` works as for any transformers model."""
+        return True
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: VisualTextCache | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The whole prompt first, then what the cache has not seen."""
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values}
+        inputs["use_cache"] = options.get("use_cache", True)
+        if not seen:
+            inputs |= {"attention_mask": attention_mask, "pixel_values": pixel_values}
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *unused: Any, **also_unused: Any
+    ) -> None:
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = VisualTextCache()
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeat each row; a row's images are repeated as a block, so that every copy has all of them in order."""
+        pixels = model_kwargs.pop("pixel_values", None)
+        if pixels is not None and input_ids is not None and expand_size > 1:
+            tokens = (input_ids == self.program.info.image_token_id).sum(1)
+            counts = (tokens // self.program.info.tokens_per_image).tolist()
+            if sum(counts) == pixels.shape[0]:
+                pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
+        ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixels is not None:
+            kwargs["pixel_values"] = pixels
+        return ids, kwargs
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the program, its weights and configuration to a new folder; see `foveate.artifact`."""
+        from foveate.artifact import save
+
+        if options:
+            raise InputError(f"save_pretrained does not take {', '.join(options)}")
+        save(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> OptimizedModel:
+        """Use `foveate.load` instead."""
+        raise InputError("an optimized model is loaded with foveate.load(folder)")
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Options of the Hugging Face call that a program cannot honour are errors, not ignored."""
+    wanted = {k for k, v in options.items() if v is not None and v is not False}
+    harmless = {"return_dict", "logits_to_keep", "cache_position", "next_sequence_length", "is_first_iteration"}
+    unknown = sorted(wanted - harmless)
+    if unknown:
+        raise InputError(f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, pixel_values, "
+                         "attention_mask, position_ids, past_key_values and use_cache")

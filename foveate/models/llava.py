@@ -1,0 +1,106 @@
+"""LLaVA: a CLIP tower, an MLP projector and a Llama decoder (`LlavaForConditionalGeneration`)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import UnsupportedModelError
+from foveate.ir.program import ModelInfo
+
+STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+"""Rotary embeddings whose frequencies do not depend on the prompt's length."""
+
+
+class Vision(nn.Module):
+    """Pixels [I, C, height, width] to visual embeddings [I, tokens per image, hidden size]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Tower, feature layer, projector."""
+        config, inner = self.model.config, self.model.model
+        hidden = inner.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        layers = config.vision_feature_layer
+        chosen = [hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        if config.vision_feature_select_strategy == "default":
+            chosen = [h[:, 1:] for h in chosen]
+        features = inner.multi_modal_projector(chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1))
+        assert isinstance(features, Tensor)  # the projector is a plain module
+        return features
+
+
+class Decoder(nn.Module):
+    """Embeddings [B, S, hidden size] and positions [B, S] to logits [B, 1, V] of the token after the last."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        """Decoder layers, final norm, head."""
+        states = self.model.model.language_model(
+            inputs_embeds=hidden, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        logits = self.model.lm_head(states[:, -1:])
+        assert isinstance(logits, Tensor)  # the head is a plain linear
+        return logits
+
+
+def describe(model: Any) -> ModelInfo:
+    """Sizes and names of a LLaVA.
+
+    Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported.
+    """
+    config = model.config
+    text, vision = config.text_config, config.vision_config
+    if vision.model_type != "clip_vision_model":
+        raise UnsupportedModelError(
+            f"vision tower {vision.model_type!r} is not supported in a LLaVA; a CLIP tower (clip_vision_model) is"
+        )
+    if text.model_type != "llama":
+        raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in a LLaVA; llama is")
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        raise UnsupportedModelError(
+            f"rotary embedding {rope!r} depends on the prompt's length; supported: {', '.join(sorted(STATIC_ROPE))}"
+        )
+    if config.vision_feature_select_strategy not in ("default", "full"):
+        raise UnsupportedModelError(
+            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}: use 'default'"
+        )
+    if config.vision_feature_select_strategy == "full":
+        raise UnsupportedModelError("vision_feature_select_strategy 'full' keeps the CLS token, which has no place in"
+                                    " the grid of visual tokens; use 'default'")
+    side = vision.image_size // vision.patch_size
+    return ModelInfo(
+        family="llava",
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        image_token_id=config.image_token_id,
+        grid=(side, side),
+        image_size=(vision.num_channels, vision.image_size, vision.image_size),
+        paths={
+            "embed": "model.language_model.embed_tokens.weight",
+            "head": "lm_head.weight",
+            "layers": "model.language_model.layers",
+        },
+        config=config.to_dict(),
+    )
+
+
+def tower_layers(model: Any) -> int:
+    """How many tower layers the features need, at most."""
+    layers = model.config.vision_feature_layer
+    count = model.config.vision_config.num_hidden_layers
+    deepest = max(i % (count + 1) for i in ([layers] if isinstance(layers, int) else layers))
+    return math.ceil(deepest)

@@ -1,0 +1,100 @@
+"""Schemas of the `foveate::` ops and what they return, without saying how they compute it.
+
+Graphs refer to these ops; `foveate.kernels` implements them. Shapes below use B (batch), H and Hk (query and
+key heads), n (tokens), e (head size). An *order* tensor int64 [B, n] holds each token's place in its sequence;
+a padded token has `PAD`, the largest int64. A query sees a key when the key's order is not larger than its own,
+which gives causality and padding in one rule and survives any removal or reordering of tokens.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+PAD = torch.iinfo(torch.int64).max
+"""Order of a token that is only padding: it comes after everything, so no real query sees it."""
+
+LIBRARY = torch.library.Library("foveate", "DEF")
+
+LIBRARY.define(
+    "attention(Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] q_order, Tensor[] k_order, SymInt prefix,"
+    " str layout, float scale) -> Tensor"
+)
+LIBRARY.define("encoder_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+LIBRARY.define("attention_row(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, float scale) -> Tensor")
+LIBRARY.define("top_tokens(Tensor scores, Tensor order, float keep) -> (Tensor, Tensor)")
+LIBRARY.define("take_tokens(Tensor x, Tensor index, int dim) -> Tensor")
+LIBRARY.define("random_scores(Tensor order, int seed) -> Tensor")
+
+attention = torch.ops.foveate.attention.default
+"""Causal attention of one or more query streams over one or more key streams.
+
+q: list of [B, H, n_i, e]; k, v: list of [B, Hk, m_j, e], H a multiple of Hk; q_order, k_order: their orders.
+Returns [B, sum n_i, H, e]: the query streams one after another.
+
+`layout` names the streams, queries before the colon, keys after it: v visual, t text, s both in one stream. So
+"vt:vt" is a whole prefill layer, "t:t" one that is blind, "t:vtt" a decode step (visual cache, text cache, new).
+`prefix` is a promise about structure. If it is not negative, nothing is padded, every stream is in sequence
+order, and all visual tokens stand together after the first `prefix` text tokens; -1 promises nothing."""
+
+encoder_attention = torch.ops.foveate.encoder_attention.default
+"""Attention without a mask, as vision towers do it: q, k, v [B, H, n, e] -> [B, n, H, e]."""
+
+attention_row = torch.ops.foveate.attention_row.default
+"""Softmaxed attention rows of a few queries: q [B, H, R, e], k list of [B, Hk, m_j, e] -> fp32 [B, H, R, sum m_j]."""
+
+top_tokens = torch.ops.foveate.top_tokens.default
+"""The best tokens by (score, then lower index), in their old order.
+
+scores fp32 [B, n], order int64 [B, n] -> index int64 [B, floor(keep * n)] and the kept tokens' order. A row with
+n_b < n real tokens keeps floor(keep * n_b) of them; the slots left over point at token 0 with order `PAD`."""
+
+take_tokens = torch.ops.foveate.take_tokens.default
+"""x [B, ..., n at dim, ...] gathered along `dim` with index int64 [B, k]; B may be 1 in x."""
+
+random_scores = torch.ops.foveate.random_scores.default
+"""Scores in [0, 1) that depend on the seed and on each token's place in its stream only: order [B, n] -> fp32 [B, n]."""
+
+
+@torch.library.register_fake("foveate::attention", lib=LIBRARY)
+def _attention(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    q_order: list[Tensor],
+    k_order: list[Tensor],
+    prefix: int,
+    layout: str,
+    scale: float,
+) -> Tensor:
+    batch, heads, _, size = q[0].shape
+    tokens = sum(x.shape[2] for x in q)
+    return q[0].new_empty(batch, tokens, heads, size)
+
+
+@torch.library.register_fake("foveate::encoder_attention", lib=LIBRARY)
+def _encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+@torch.library.register_fake("foveate::attention_row", lib=LIBRARY)
+def _attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
+    return q.new_empty(*q.shape[:3], sum(x.shape[2] for x in k), dtype=torch.float32)
+
+
+@torch.library.register_fake("foveate::top_tokens", lib=LIBRARY)
+def _top_tokens(scores: Tensor, order: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    kept = math.floor(keep * scores.shape[1])
+    return order.new_empty(order.shape[0], kept), order.new_empty(order.shape[0], kept)
+
+
+@torch.library.register_fake("foveate::take_tokens", lib=LIBRARY)
+def _take_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[0], shape[dim] = index.shape[0], index.shape[1]
+    return x.new_empty(shape)
+
+
+@torch.library.register_fake("foveate::random_scores", lib=LIBRARY)
+def _random_scores(order: Tensor, seed: int) -> Tensor:
+    return order.new_empty(order.shape, dtype=torch.float32)

@@ -1,0 +1,122 @@
+"""From what a processor returns to the two streams that a program takes.
+
+Visual tokens of a row stand at the left of their stream, text tokens at the right of theirs, so that the last text
+token is the last column for every row and the first visual token the first; what is left over is padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.errors import InputError
+from foveate.ir.program import ModelInfo
+from foveate.ops import PAD
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of a batch: where its tokens stand in the prompt.
+
+    index: int64 [B, n] place in the prompt (0 in padding); order: the same with `PAD` in padding, as
+    `foveate::attention` takes it; position_ids: int64 [B, n] for rotary embeddings.
+    """
+
+    index: Tensor
+    order: Tensor
+    position_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A batch of prompts, taken apart.
+
+    feature: int64 [B, S], which visual embedding stands at each place of the prompt (only where `image` is true).
+    prefix: see `foveate.ops.attention`. next_position: int64 [B, 1], position of the first generated token.
+    """
+
+    visual: Stream
+    text: Stream
+    image: Tensor
+    feature: Tensor
+    prefix: int
+    next_position: Tensor
+
+
+def arrange(
+    info: ModelInfo,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    images: int,
+) -> Streams:
+    """Take a batch of prompts [B, S] apart.
+
+    A prompt that ends in an image keeps its last visual token with the text, because its row gives the logits.
+    Raises InputError where masks, shapes or the number of images do not fit the prompt.
+    """
+    _check(info, input_ids, attention_mask, position_ids, images)
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    image = input_ids == info.image_token_id
+    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    last = torch.where(real, places, -1).amax(1, keepdim=True)
+    if bool((last < 0).any()):
+        row = int((last < 0).nonzero()[0, 0])
+        raise InputError(f"row {row} of attention_mask is all zero: that prompt has no token to continue from")
+    visual = image & real & (places != last)
+    text = real & ~visual
+    if position_ids is None:
+        position_ids = (real.cumsum(1) - 1).clamp(min=0)
+    position_ids = position_ids.expand_as(input_ids)
+    left = _stream(visual, position_ids, places, right=False)
+    right = _stream(text, position_ids, places, right=True)
+    feature = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids)
+    next_position = position_ids.gather(1, last) + 1
+    return Streams(left, right, image, feature, _prefix(visual, text), next_position)
+
+
+def _check(
+    info: ModelInfo,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    images: int,
+) -> None:
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give [batch, sequence] with at least one token")
+    for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        if value is not None and (value.dim() != 2 or value.shape[1] != input_ids.shape[1]):
+            raise InputError(f"{name} has shape {tuple(value.shape)}; input_ids has {tuple(input_ids.shape)}")
+    tokens = int((input_ids == info.image_token_id).sum())
+    expected = images * info.tokens_per_image
+    if tokens != expected:
+        raise InputError(
+            f"the prompts hold {tokens} image tokens, and {images} image{'s' * (images != 1)} of "
+            f"{info.tokens_per_image} tokens make {expected}: give one <image> in the text for each image"
+        )
+
+
+def _stream(member: Tensor, position_ids: Tensor, places: Tensor, right: bool) -> Stream:
+    """The members of each row in order, pushed to one side."""
+    width = int(member.sum(1).max())
+    key = member if right else ~member
+    index = key.int().argsort(dim=1, stable=True)
+    index = index[:, index.shape[1] - width :] if right else index[:, :width]
+    valid = member.gather(1, index)
+    index = index.masked_fill(~valid, 0)
+    order = places.gather(1, index).masked_fill(~valid, PAD)
+    return Stream(index, order, position_ids.gather(1, index).masked_fill(~valid, 0))
+
+
+def _prefix(visual: Tensor, text: Tensor) -> int:
+    """How many text tokens stand before the image, if every row is text, one block of image, text; else -1."""
+    first = visual[0]
+    if not bool(((visual == first) & (visual | text)).all()):
+        return -1
+    count = int(first.sum())
+    if count == 0:
+        return int(text.shape[1])
+    start = int(first.int().argmax())
+    return start if bool(first[start : start + count].all()) else -1
