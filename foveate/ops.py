@@ -41,7 +41,9 @@ encoder_attention = torch.ops.foveate.encoder_attention.default
 """Attention without a mask, as vision towers do it: q, k, v [B, H, n, e] -> [B, n, H, e]."""
 
 attention_row = torch.ops.foveate.attention_row.default
-"""Softmaxed attention rows of a few queries: q [B, H, R, e], k list of [B, Hk, m_j, e] -> fp32 [B, H, R, sum m_j]."""
+"""What a few queries pay to the first key stream: q [B, H, R, e], k list of [B, Hk, m_j, e] -> fp32 [B, H, R, m_0].
+
+The softmax runs over every visible key of every stream."""
 
 top_tokens = torch.ops.foveate.top_tokens.default
 """The best tokens by (score, then lower index), in their old order.
@@ -79,7 +81,7 @@ def _encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @torch.library.register_fake("foveate::attention_row", lib=LIBRARY)
 def _attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
-    return q.new_empty(*q.shape[:3], sum(x.shape[2] for x in k), dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], k[0].shape[2], dtype=torch.float32)
 
 
 @torch.library.register_fake("foveate::top_tokens", lib=LIBRARY)

@@ -90,7 +90,8 @@ class Symbols:
 class ModelInfo:
     """What passes and the runtime need to know of a model: sizes, token ids, and where its weights are.
 
-    paths: full weight names by short name: `embed` (token embedding) and so on.
+    paths: full weight names by short name: `embed` (token embedding) and so on. roles: what the family calls the
+    linears of a decoder layer: q, k, v, o, gate, up, down. grid: rows and columns of an image's visual tokens.
     config: the Hugging Face configuration as a plain dictionary.
     """
 
@@ -105,6 +106,7 @@ class ModelInfo:
     grid: tuple[int, int]
     image_size: tuple[int, int, int]
     paths: dict[str, str]
+    roles: dict[str, str]
     config: dict[str, Any]
 
     @property
@@ -164,6 +166,16 @@ class LayerKV:
     text: tuple[fx.Node, fx.Node]
 
 
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to a program: its text, notes for the reader, edits by kind, or why it changed nothing."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+    edits: dict[str, int] = field(default_factory=dict)
+    skipped: str | None = None
+
+
 @dataclass
 class Program:
     """Graphs by name (`vision`, `prefill`, `decode`), their weights, and the passes that made them what they are."""
@@ -172,7 +184,7 @@ class Program:
     weights: Weights
     symbols: Symbols
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
-    passes: list[str] = field(default_factory=list)
+    passes: list[PassRecord] = field(default_factory=list)
 
     @property
     def prefill(self) -> fx.Graph:

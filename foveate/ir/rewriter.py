@@ -6,6 +6,7 @@ A `Rewriter` inserts, replaces and erases; every node it makes gets its symbolic
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,8 +61,6 @@ class Rewriter:
 
     def item(self, source: fx.Node, place: int, about: NodeInfo) -> fx.Node:
         """One of the results of an op that returns several."""
-        import operator
-
         node = self.graph.create_node(
             "call_function", operator.getitem, (source, place), {}, name=self._name(f"item{place}", about)
         )
@@ -118,11 +117,11 @@ class Rewriter:
         node.meta["val"] = self._evaluate(node.target, args, node.kwargs)
         self.events["changed"] += 1
 
-    def refresh(self) -> None:
-        """Recompute every shape from the inputs on, after arguments changed size."""
-        import operator
-
+    def refresh(self, layer: int | None = None) -> None:
+        """Recompute shapes from the inputs on (of one layer's nodes only), after arguments changed size."""
         for node in self.graph.nodes:
+            if layer is not None and info(node).layer != layer:
+                continue
             if node.op == "call_function" and node.target is operator.getitem:
                 node.meta["val"] = node.args[0].meta["val"][node.args[1]]
             elif node.op == "call_function":

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from foveate import ops
 from foveate.errors import TraceError, VerifyError
 from foveate.ir.program import NodeInfo, Program, layer_kv, outputs
+from foveate.ir.select import token_inputs
 from foveate.ir.tokens import token_axes
 
 Complaints = Iterator[tuple[fx.Node, str]]
@@ -57,11 +58,10 @@ def nothing_dead(program: Program, name: str, graph: fx.Graph) -> Complaints:
 
 def tokens_apart(program: Program, name: str, graph: fx.Graph) -> Complaints:
     """In the decoder nothing but attention and selection mixes tokens."""
-    if name != "prefill" or any(n.target == ops.take_tokens for n in graph.nodes):
+    if name != "prefill":
         return
-    axes = {n.name: 1 for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)}
     try:
-        token_axes(graph, axes)
+        token_axes(graph, token_inputs(graph))
     except TraceError as error:
         yield graph.output_node(), str(error)
 

@@ -18,6 +18,7 @@ from torch import fx
 from foveate import ops
 from foveate.ir.program import Program, info
 from foveate.ir.rewriter import Rewriter, map_arg, output_nodes
+from foveate.ir.select import token_inputs
 from foveate.ir.tokens import LAST, takes_last, token_axes
 
 END = 9223372036854775807
@@ -27,7 +28,7 @@ END = 9223372036854775807
 def keep_last(program: Program, graph: fx.Graph) -> fx.Graph:
     """Edit a split prefill graph in place so that nothing is computed for tokens whose result nobody reads."""
     edit = Rewriter(program, graph, by="keep-last")
-    axes = token_axes(graph, {n.name: 1 for n in graph.nodes if n.op == "placeholder" and n.name != "prefix"})
+    axes = token_axes(graph, token_inputs(graph))
     needed = output_nodes(graph)
     ends = [n for n in graph.nodes if n.op == "call_function" and takes_last(n, axes)]
     last_only: set[fx.Node] = set(ends)

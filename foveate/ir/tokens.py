@@ -6,6 +6,7 @@ that would mix tokens, is an error that names the node; nothing is guessed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +198,21 @@ def _attention(node: fx.Node, axes: Axes) -> int | None:
     return 1
 
 
+def _scores(node: fx.Node, axes: Axes) -> int | None:
+    return _dims(node) - 1
+
+
+def _selection(node: fx.Node, axes: Axes) -> int | None:
+    return 1
+
+
+def _take(node: fx.Node, axes: Axes) -> int | None:
+    axis, _ = _first(node, axes)
+    if axis != node.args[2]:
+        raise _Mixes("it gathers along another axis")
+    return axis
+
+
 Rule = Callable[[fx.Node, Axes], int | None]
 
 ELEMENTWISE = (
@@ -223,4 +239,9 @@ RULES: dict[Any, Rule] = {
     aten.cat.default: _cat,
     aten.matmul.default: _matmul,
     ops.attention: _attention,
+    ops.attention_row: _scores,
+    ops.random_scores: _selection,
+    ops.top_tokens: _selection,
+    operator.getitem: _same,
+    ops.take_tokens: _take,
 }

@@ -31,7 +31,7 @@ def attention(
 ) -> Tensor:
     """`foveate::attention`; shapes as in `foveate.ops`."""
     if sum(x.shape[2] for x in q) <= FEW_QUERIES:
-        rows = attention_row(torch.cat(q, 2), k, torch.cat(q_order, 1), k_order, scale).to(q[0].dtype)
+        rows = _rows(torch.cat(q, 2), k, torch.cat(q_order, 1), k_order, scale).to(q[0].dtype)
         parts = rows.split([x.shape[2] for x in k], dim=3)
         out = sum(_grouped(p, x) for p, x in zip(parts, v, strict=True))
         assert isinstance(out, Tensor)  # k and v are never empty lists
@@ -49,7 +49,12 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
-    """`foveate::attention_row`; scores and softmax in fp32, one matmul a key stream."""
+    """`foveate::attention_row`; shapes as in `foveate.ops`."""
+    return _rows(q, k, q_order, k_order, scale)[..., : k[0].shape[2]]
+
+
+def _rows(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
+    """Softmaxed rows fp32 [B, H, R, all keys]; one matmul a key stream, only scores are concatenated."""
     batch, heads, rows, size = q.shape
     # Sizes are written out: with no query at all, -1 would be ambiguous.
     kv_heads = k[0].shape[1]

@@ -40,7 +40,8 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     """`foveate::attention_row` from the whole softmax."""
-    return probabilities(q, torch.cat(k, 2), q_order, torch.cat(k_order, 1), scale).float()
+    rows = probabilities(q, torch.cat(k, 2), q_order, torch.cat(k_order, 1), scale)
+    return rows[..., : k[0].shape[2]].float()
 
 
 def top_tokens(scores: Tensor, order: Tensor, keep: float) -> tuple[Tensor, Tensor]:

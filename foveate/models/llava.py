@@ -94,6 +94,10 @@ def describe(model: Any) -> ModelInfo:
             "head": "lm_head.weight",
             "layers": "model.language_model.layers",
         },
+        roles={
+            **{letter: f"self_attn.{letter}_proj" for letter in "qkvo"},
+            **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+        },
         config=config.to_dict(),
     )
 

@@ -126,7 +126,7 @@ def random_inputs(
     device = model.device
     inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
     if sum(counts) > 0:
-        size = model.config.vision_config.image_size
+        size = model.model.vision_tower.config.image_size
         pixels = torch.randn(sum(counts), 3, size, size, generator=generator)
         inputs["pixel_values"] = pixels.to(device=device, dtype=model.dtype)
     return inputs

@@ -1,0 +1,44 @@
+"""The public functions; each is a few calls of the layers below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from foveate.ir.cost import Cost, cost_of
+from foveate.ir.program import Program
+from foveate.model import OptimizedModel
+from foveate.models.registry import trace_program
+from foveate.passes.pipeline import Passes, apply_pipeline
+
+__all__ = ["cost", "load", "optimize", "trace"]
+
+
+def trace(model: Any) -> Program:
+    """The program of a supported transformers model, before any pass; works on the `meta` device.
+
+    Raises UnsupportedModelError or TraceError; the model is left as it was.
+    """
+    return trace_program(model)
+
+
+def optimize(model: Any, passes: Passes | None = None, backend: str = "eager") -> OptimizedModel:
+    """A faster model with the same calling convention.
+
+    passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager` or
+    `inductor`. The weights are shared with `model`, which is left as it was. Raises FoveateError subclasses.
+    """
+    program = apply_pipeline(trace(model), passes)
+    return OptimizedModel(program, model.config, model.generation_config, backend)
+
+
+def load(path: str | Path, backend: str = "eager", device: str = "cpu") -> OptimizedModel:
+    """Load what `OptimizedModel.save_pretrained` wrote; ArtifactError for a damaged or foreign folder."""
+    from foveate.artifact import load as load_artifact
+
+    return load_artifact(Path(path), backend, device)
+
+
+def cost(program: Program, **sizes: Any) -> Cost:
+    """FLOPs, bytes and predicted time of a program; see `foveate.ir.cost.cost_of` for the arguments."""
+    return cost_of(program, **sizes)

@@ -1,0 +1,3 @@
+"""tmp"""
+Cost=object
+def cost_of(program, **k): ...

@@ -1,0 +1,78 @@
+"""Keeping some visual tokens from a layer on: live-range splitting.
+
+    before                                    after
+    layer l-1 makes h.visual                  layer l-1 makes h.visual
+                                              index, order' = top_tokens(scores, order, keep)
+    layer l reads h.visual, cos.visual        layer l reads take(h.visual, index), take(cos.visual, index)
+
+Every visual value that is made before the layer and read in it or later is gathered, once; what is read only
+before the layer, earlier keys and values included, stays whole.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from foveate import ops
+from foveate.ir.program import NodeInfo, info, outputs
+from foveate.ir.rewriter import Rewriter
+from foveate.ir.tokens import Axes, token_axes
+
+
+def first_of_layer(graph: fx.Graph, layer: int) -> fx.Node:
+    """The first node that computes something for `layer` or a later one."""
+    for node in graph.nodes:
+        if node.op == "output" or (node.op == "call_function" and info(node).layer >= layer):
+            return node
+    raise AssertionError("a graph has an output node")
+
+
+def visual_order_at(graph: fx.Graph, layer: int) -> fx.Node:
+    """The order tensor of the visual tokens that enter `layer`."""
+    earlier = {int(at): node for at, node in outputs(graph)["kept"].items() if int(at) < layer}
+    if earlier:
+        return earlier[max(earlier)]
+    return next(n for n in graph.nodes if n.op == "placeholder" and n.name == "visual_order")
+
+
+def live_into(graph: fx.Graph, layer: int) -> dict[fx.Node, list[fx.Node]]:
+    """Visual values made before `layer` -> their users in it or later (the graph's output is no user)."""
+    live: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if info(node).stream == "visual" and info(node).layer < layer and isinstance(node.meta["val"], Tensor):
+            users = [u for u in node.users if u.op == "call_function" and info(u).layer >= layer]
+            if users:
+                live[node] = users
+    return live
+
+
+def keep_tokens(edit: Rewriter, layer: int, scores: fx.Node, keep: float, live: dict[fx.Node, list[fx.Node]]) -> None:
+    """From `layer` on, only the floor(keep * n) visual tokens with the highest scores exist.
+
+    scores: [B, n] fp32, computed from what enters the layer. live: `live_into(graph, layer)`, taken before the
+    scores were added. The places of the kept tokens become the output `kept[layer]`.
+    """
+    graph = edit.graph
+    axes: Axes = token_axes(graph, token_inputs(graph))
+    about = NodeInfo(layer, "select", "visual", edit.by)
+    order = visual_order_at(graph, layer)
+    with edit.after(scores):
+        chosen = edit.call(ops.top_tokens, scores, order, keep, about=about)
+        index, kept = edit.item(chosen, 0, about), edit.item(chosen, 1, about)
+        for node, users in live.items():
+            if node is order:
+                new = kept
+            else:
+                origin = about.with_(role=info(node).role, origin=(node.name,))
+                new = edit.call(ops.take_tokens, node, index, axes[node], about=origin)
+            edit.replace(node, new, where=users.__contains__)
+    result = dict(outputs(graph))
+    result["kept"] = dict(sorted({**result["kept"], str(layer): kept}.items(), key=lambda item: int(item[0])))
+    edit.output(result)
+    edit.refresh()
+    edit.sweep()
+
+
+def token_inputs(graph: fx.Graph) -> dict[str, int]:
+    """Token axis of each input of a split prefill graph."""
+    return {n.name: 1 for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)}

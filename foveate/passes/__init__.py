@@ -1,0 +1,21 @@
+"""Passes: what foveate can do to a program. One pass a file; `PASSES` is the whole list."""
+
+from foveate.passes.base import Pass
+from foveate.passes.cut_visual import CutVisual
+from foveate.passes.drop_visual_heads import DropVisualHeads
+from foveate.passes.drop_visual_neurons import DropVisualNeurons
+from foveate.passes.fastv import FastV
+from foveate.passes.pipeline import PASSES, parse_pipeline, pipeline_text
+from foveate.passes.random_prune import RandomPrune
+
+__all__ = [
+    "PASSES",
+    "CutVisual",
+    "DropVisualHeads",
+    "DropVisualNeurons",
+    "FastV",
+    "Pass",
+    "RandomPrune",
+    "parse_pipeline",
+    "pipeline_text",
+]

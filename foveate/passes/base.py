@@ -1,0 +1,107 @@
+"""What a pass is: a frozen dataclass whose fields are its options, checked when made and again against a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from foveate import ops
+from foveate.errors import PassError
+from foveate.ir.program import PassRecord, Program, info
+from foveate.ir.rewriter import Rewriter
+
+
+class Skipped(Exception):
+    """Raised by a pass that has nothing to change; the reason goes into the report and a warning."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes.
+
+    A subclass names itself (`name`), says where it comes from (`source`), checks its options in `__post_init__` with
+    `require`, and edits the prefill graph in `rewrite`; the decode graph is derived afterwards.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+
+    def rewrite(self, edit: Rewriter) -> Iterator[str]:
+        """Edit `edit.graph`, a split prefill graph, and yield notes for the reader.
+
+        Raises PassError where the pass does not fit the program, Skipped where there is nothing to change.
+        """
+        raise NotImplementedError
+
+    def apply(self, program: Program) -> PassRecord:
+        """Run the pass on a program, in place, and say what it did."""
+        edit = Rewriter(program, program.prefill, by=self.name)
+        try:
+            notes = tuple(self.rewrite(edit))
+        except Skipped as reason:
+            return PassRecord(self.text(), skipped=str(reason))
+        return PassRecord(self.text(), notes, dict(edit.events))
+
+    def require(self, holds: bool, option: str, allowed: str) -> None:
+        """Raise PassError unless an option has an allowed value."""
+        if not holds:
+            raise PassError(f"{self.name}: {option}={getattr(self, option)!r}; allowed: {allowed}")
+
+    def require_layer(self, program: Program, option: str, first: int = 0, end: int = 0) -> None:
+        """Raise PassError unless an option names one of the program's layers `first` to `layers - 1 + end`."""
+        last = program.info.layers - 1 + end
+        value = getattr(self, option)
+        if not first <= value <= last:
+            raise PassError(
+                f"{self.name}: {option}={value} is not a layer of this model: it has {program.info.layers} layers, "
+                f"allowed: {first} to {last}"
+            )
+
+    def text(self) -> str:
+        """The pass as it stands in a pipeline: `name{field=value,...}`, fields at their default left out."""
+        options = [
+            f"{f.name}={_plain(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}{{{','.join(options)}}}" if options else self.name
+
+
+def _plain(value: Any) -> str:
+    """A value as YAML's flow style reads it back."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def number(value: Any) -> bool:
+    """Whether an option is a real number (a bool is none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def whole(value: Any) -> bool:
+    """Whether an option is a whole number (a bool is none)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def text_attention(graph: fx.Graph, layer: int) -> list[fx.Node]:
+    """Attention of the text stream in `layer` that looks at visual keys."""
+    return [
+        n
+        for n in graph.nodes
+        if n.target == ops.attention and info(n).layer == layer and info(n).stream == "text" and "v" in keys_of(n)
+    ]
+
+
+def keys_of(node: fx.Node) -> str:
+    """Key streams of an attention node, such as `vt`."""
+    return str(node.args[6]).partition(":")[2]
+
+
+def first_blind_layer(graph: fx.Graph) -> int:
+    """The first layer from which on nothing looks at visual tokens any more."""
+    seeing = [info(n).layer for n in graph.nodes if n.target == ops.attention and "v" in keys_of(n)]
+    return max(seeing) + 1 if seeing else 0

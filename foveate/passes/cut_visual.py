@@ -1,0 +1,65 @@
+"""From a layer on, text sees text only and visual tokens are gone.
+
+    before, layers >= from_layer                     after
+    a.text = attention(q.text; k.visual + k.text)    a.text = attention(q.text; k.text)
+    h.visual runs through attention and FFN          nothing: no output needs it
+
+Softmax runs over the text keys alone and positions stay. An approximation: YOPO (arXiv 2410.06169, section 3.4,
+eq. 7) and VTW (arXiv 2405.05803), which find that late layers hardly look at visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from foveate import ops
+from foveate.errors import PassError
+from foveate.ir.program import info, outputs
+from foveate.ir.rewriter import Rewriter
+from foveate.passes.base import Pass, Skipped, first_blind_layer, keys_of, whole
+
+
+@dataclass(frozen=True)
+class CutVisual(Pass):
+    """Layers from `from_layer` on see text only.
+
+    from_layer: 0 (the image is not seen at all) to the number of layers (nothing is cut).
+    """
+
+    name: ClassVar[str] = "cut-visual"
+    source: ClassVar[str] = "YOPO, arXiv 2410.06169, section 3.4; VTW, arXiv 2405.05803"
+
+    from_layer: int
+
+    def __post_init__(self) -> None:
+        self.require(whole(self.from_layer) and self.from_layer >= 0, "from_layer", "a layer number, 0 or more")
+
+    def rewrite(self, edit: Rewriter) -> Iterator[str]:
+        """See the module's text."""
+        graph, layers = edit.graph, edit.program.info.layers
+        self.require_layer(edit.program, "from_layer", end=1)
+        already = first_blind_layer(graph)
+        if self.from_layer >= already:
+            raise Skipped(f"no layer from {self.from_layer} on sees visual tokens (the model has {layers} layers, "
+                          f"the first blind one is {already})")
+        late = [int(layer) for layer in outputs(graph)["kept"] if int(layer) >= self.from_layer]
+        if late:
+            raise PassError(
+                f"{self.name}: visual tokens are selected before layer {late[0]}, which would have none left after a "
+                f"cut at {self.from_layer}; select before the cut or cut later"
+            )
+        for node in [n for n in graph.nodes if n.target == ops.attention and info(n).layer >= self.from_layer]:
+            if info(node).stream == "text" and "v" in keys_of(node):
+                q, k, v, q_order, k_order, prefix, layout, scale = node.args
+                place = keys_of(node).index("v")
+                k, v, k_order = ([x for i, x in enumerate(xs) if i != place] for xs in (k, v, k_order))  # type: ignore[union-attr,arg-type]  # lists by the op's schema
+                edit.set_args(node, (q, k, v, q_order, k_order, prefix, str(layout).replace("v", ""), scale))
+        result = dict(outputs(graph))
+        result["kv"] = [
+            entry if layer < self.from_layer else [None, None, *entry[2:]] for layer, entry in enumerate(result["kv"])
+        ]
+        edit.output(result)
+        edit.sweep()
+        yield f"layers {self.from_layer} to {already - 1}: text sees text only, visual tokens removed"

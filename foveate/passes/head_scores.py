@@ -1,0 +1,34 @@
+"""How much each attention head can say, from the weights alone."""
+
+from __future__ import annotations
+
+import torch
+
+from foveate.ir.program import Program
+from foveate.ir.rewriter import nodes_of
+from foveate.ir.weights import weight_name
+
+
+def weight_norm_scores(program: Program) -> list[list[float]]:
+    """[layers][heads]: Frobenius norm of each head's output projection times its value projection.
+
+    ||W_o W_v||^2 = sum((W_o^T W_o) * (W_v W_v^T)), two products as small as the head. On the meta device every score is 0.
+    """
+    model = program.info
+    rows: list[list[float]] = []
+    for layer in range(model.layers):
+        weights = {
+            part: program.weights.get(weight_name(nodes_of(
+                program.prefill, stream="text", role=model.roles[part], layer=layer, op=torch.ops.aten.linear.default
+            )[0])).detach()
+            for part in "vo"
+        }
+        if weights["v"].is_meta:
+            rows.append([0.0] * model.heads)
+            continue
+        value = weights["v"].float().unflatten(0, (model.kv_heads, model.head_dim))
+        value = value.repeat_interleave(model.heads // model.kv_heads, dim=0)
+        out = weights["o"].float().unflatten(1, (model.heads, model.head_dim)).transpose(0, 1)
+        products = (out.transpose(1, 2) @ out) * (value @ value.transpose(1, 2))
+        rows.append(products.sum((1, 2)).clamp(min=0).sqrt().tolist())
+    return rows

@@ -1,0 +1,394 @@
+"""What the pruning papers simulate: a Hugging Face model run with explicit masks.
+
+Nothing is removed here. Keys are hidden by S x S masks, heads and neurons are multiplied by zero, and
+every token stays in the sequence. It is slow and simple on purpose: the compiler's rewrites, which do
+remove the work, are tested against it. It uses plain transformers and nothing of the compiler.
+
+Sources of the semantics:
+
+- late layers without visual tokens: YOPO, arXiv 2410.06169 (layer drop), with the softmax renormalised
+  over the text keys as in VTW, arXiv 2405.05803;
+- heads dropped for visual tokens: YOPO (non-active heads), renormalised in the same way;
+- neurons dropped for visual tokens: YOPO (sparse FFN projection);
+- visual tokens pruned by the last token's attention: FastV, arXiv 2403.06764.
+
+Shapes: B rows, S positions, L decoder layers, H query heads, V vocabulary. A token is visual where
+`input_ids` is the model's image token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+_IMPLEMENTATION = "masked_oracle"
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Before `layer`, keep floor(keep * n) of the n visual tokens of a row that are still alive.
+
+    `choose="fastv"` keeps those on which the last text token's attention in `layer - 1` is largest: the
+    mean over all query heads of the row that was softmaxed over every visible key. `choose="given"`
+    keeps the best by `given`, which holds either scores [B, most visual tokens of a row], in the order
+    of the tokens, or a bool mask [B, S] that is True on the tokens to keep (`keep` is then not read,
+    and what it says of text is ignored). Ties go to the token that comes first.
+    """
+
+    layer: int
+    keep: float
+    choose: Literal["fastv", "given"]
+    given: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What to hide from the model; the default hides nothing.
+
+    - `cut_from`: text queries in layers >= `cut_from` see text keys only.
+    - `heads`: bool [L, H], True = kept. In a dropped head text queries see text keys only, and the
+      head's output is zero on visual rows.
+    - `neurons`: bool [L, intermediate], True = kept for visual rows.
+    - `prunes`: visual tokens removed as keys, for every query, from a layer on.
+
+    Tokens keep their positions.
+    """
+
+    cut_from: int | None = None
+    heads: Tensor | None = None
+    neurons: Tensor | None = None
+    prunes: tuple[Prune, ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskedOutput:
+    """`logits` [B, V] float32, for the token after each row's last attended one; `kept`, for each prune
+    of the masks in their order, bool [B, S]: the visual tokens that are left (False on text)."""
+
+    logits: Tensor
+    kept: tuple[Tensor, ...]
+
+
+_NOTHING_HIDDEN = Masks()
+
+
+@torch.no_grad()
+def masked_forward(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], masks: Masks = _NOTHING_HIDDEN
+) -> MaskedOutput:
+    """Run `model` on a batch, padded on either side or not at all, with `masks`.
+
+    `inputs` are what the processor gives. Without `position_ids` a token's position is the number of
+    attended tokens before it, as in `generate`. The model is left as it was, also after an error.
+    """
+    tokens = _Tokens.of(model, inputs)
+    _check(model, masks, tokens)
+    run = _Run(masks, tokens)
+    arguments = {"attention_mask": tokens.attended.long(), **inputs}
+    if "position_ids" not in inputs:
+        arguments["position_ids"] = _positions(model, tokens.attended)
+    with _installed(model, run):
+        logits = model(**arguments, use_cache=False).logits
+    if run.layers_seen != len(_layers(model)):
+        raise RuntimeError(f"the model used the oracle's attention {run.layers_seen} times, not once a layer")
+    rows = torch.arange(len(logits), device=logits.device)
+    return MaskedOutput(logits[rows, _last(tokens.attended)].float(), tuple(run.kept))
+
+
+def masked_greedy(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    masks: Masks,
+    new_tokens: int,
+    hold_choices: bool = True,
+) -> Tensor:
+    """The next `new_tokens` most likely tokens, int64 [B, new_tokens], without any cache: the whole
+    prompt runs again for each token.
+
+    With `hold_choices` the visual tokens that were pruned for the prompt stay the pruned ones, as they
+    do when decoding from a cache; otherwise each longer prompt chooses anew. No end token is heeded.
+    """
+    if "position_ids" in inputs:
+        raise NotImplementedError("position_ids are not extended; leave them out")
+    inputs, masks = _left_padded(inputs, masks)
+    if hold_choices and masks.prunes:
+        kept = masked_forward(model, inputs, masks).kept
+        held = zip(masks.prunes, kept, strict=True)
+        masks = replace(masks, prunes=tuple(replace(p, choose="given", given=k) for p, k in held))
+    produced: list[Tensor] = []
+    for _ in range(new_tokens):
+        token = masked_forward(model, inputs, masks).logits.argmax(-1)
+        if bool((token == _image_token(model)).any()):
+            raise ValueError("the model produced an image token, which would be taken for an image")
+        produced.append(token)
+        inputs, masks = _appended(inputs, masks, token)
+    return torch.stack(produced, dim=1) if produced else inputs["input_ids"][:, :0]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What each position holds: both bool [B, S]. Padding is not attended; visual tokens are."""
+
+    attended: Tensor
+    visual: Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> _Tokens:
+        ids = inputs["input_ids"]
+        attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        return cls(attended, attended & (ids == _image_token(model)))
+
+
+class _Run:
+    """One masked forward pass: what is still alive, and what the attention of each layer does."""
+
+    def __init__(self, masks: Masks, tokens: _Tokens) -> None:
+        self.masks = masks
+        self.tokens = tokens
+        self.text = tokens.attended & ~tokens.visual
+        self.alive = tokens.visual  # [B, S]: the visual tokens that are not pruned yet
+        self.kept = [tokens.visual] * len(masks.prunes)
+        self.scores: Tensor | None = None  # [B, S]: the last text token's row in the layer before
+        self.layers_seen = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of one layer: [B, H, S, E] each (keys and values already repeated) to [B, S, H, E]."""
+        self._prune_before(layer)
+        weights = self._softmax(layer, (query @ key.transpose(2, 3)) * scaling)
+        last_text = _last(self.text)
+        rows = torch.arange(len(weights), device=weights.device)
+        self.scores = weights[rows, :, last_text].mean(dim=1)
+        self.layers_seen += 1
+        output = (weights.to(value.dtype) @ value).transpose(1, 2)
+        if self.masks.heads is None:
+            return output
+        dropped = ~self.masks.heads[layer].to(output.device)
+        return output.masked_fill(self.tokens.visual[:, :, None, None] & dropped[None, None, :, None], 0)
+
+    def activations(self, layer: int, activations: Tensor) -> Tensor:
+        """gate * up [B, S, intermediate] with the neurons that visual rows do without set to zero."""
+        assert self.masks.neurons is not None
+        dropped = ~self.masks.neurons[layer].to(activations.device)
+        return activations.masked_fill(self.tokens.visual[:, :, None] & dropped, 0)
+
+    def _softmax(self, layer: int, logits: Tensor) -> Tensor:
+        """Weights [B, H, S, S] in float32, exactly zero on the keys that a query does not see."""
+        visible = self._visible(layer, heads=logits.shape[1])
+        # Not -inf: a padded or pruned query may see nothing at all. No one reads its row, but the nan
+        # of an empty softmax would spread through the values.
+        return logits.float().masked_fill(~visible, torch.finfo(torch.float32).min).softmax(dim=-1)
+
+    def _visible(self, layer: int, heads: int) -> Tensor:
+        """Which query sees which key: bool [B, H, S, S]."""
+        size = self.text.shape[1]
+        causal = torch.ones(size, size, dtype=torch.bool, device=self.text.device).tril()
+        keys = self.text | self.alive
+        everything = (causal & keys[:, None, :])[:, None]
+        text_to_visual = self.text[:, :, None] & self.tokens.visual[:, None, :]
+        without_visual = everything & ~text_to_visual[:, None]
+        sees_visual = torch.ones(heads, dtype=torch.bool, device=self.text.device)
+        if self.masks.heads is not None:
+            sees_visual = self.masks.heads[layer].to(self.text.device)
+        if self.masks.cut_from is not None and layer >= self.masks.cut_from:
+            sees_visual = torch.zeros_like(sees_visual)
+        return torch.where(sees_visual[None, :, None, None], everything, without_visual)
+
+    def _prune_before(self, layer: int) -> None:
+        for index, prune in enumerate(self.masks.prunes):
+            if prune.layer == layer:
+                self.alive = self.kept[index] = self._chosen(prune)
+
+    def _chosen(self, prune: Prune) -> Tensor:
+        """The visual tokens that survive `prune`: bool [B, S]."""
+        if prune.choose == "given":
+            assert prune.given is not None
+            given = prune.given.to(self.alive.device)
+            if given.dtype == torch.bool:
+                return self.alive & given
+            scores = _by_position(given, self.tokens.visual)
+        else:
+            assert self.scores is not None
+            scores = self.scores
+        chosen = torch.zeros_like(self.alive)
+        for row, alive in enumerate(self.alive):
+            places = alive.nonzero().squeeze(1)
+            best_first = scores[row, places].argsort(descending=True, stable=True)
+            chosen[row, places[best_first[: math.floor(prune.keep * len(places))]]] = True
+        return chosen
+
+
+_ACTIVE: ContextVar[_Run] = ContextVar("masked_oracle_run")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: [B, H, S, E], [B, Hk, S, E] x 2 to [B, S, H, E]."""
+    window = kwargs.get("sliding_window")
+    windowed = window is not None and window < key.shape[2]
+    if windowed or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention with a sliding window, a soft cap or sinks")
+    if attention_mask is not None:
+        raise NotImplementedError("a mask of the model's own, which the oracle would not heed")
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return _ACTIVE.get().attend(layer, query, key, value, scaling), None
+
+
+# A name that has no mask function gets no mask from transformers; `_Run` makes its own.
+AttentionInterface.register(_IMPLEMENTATION, _attention)
+
+
+@contextmanager
+def _installed(model: PreTrainedModel, run: _Run) -> Iterator[None]:
+    """The decoder of `model` attends and computes its FFN by `run`, for the length of the context."""
+    config = _decoder(model).config
+    before = config._attn_implementation
+    token = _ACTIVE.set(run)
+    with ExitStack() as stack:
+        stack.callback(_ACTIVE.reset, token)
+        if run.masks.neurons is not None:
+            for index, layer in enumerate(_layers(model)):
+                hook = layer.mlp.down_proj.register_forward_pre_hook(_ffn_hook(run, index))
+                stack.callback(hook.remove)
+        stack.callback(setattr, config, "_attn_implementation", before)
+        config._attn_implementation = _IMPLEMENTATION
+        yield
+
+
+def _ffn_hook(run: _Run, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (run.activations(layer, arguments[0]), *arguments[1:])
+
+    return hook
+
+
+def _decoder(model: Any) -> Any:
+    return getattr(model.model, "language_model", model.model)
+
+
+def _layers(model: PreTrainedModel) -> Any:
+    return _decoder(model).layers
+
+
+def _image_token(model: Any) -> int:
+    """The image token's id, or -1 (which no token has) for a model without images."""
+    return int(getattr(model.config, "image_token_id", -1))
+
+
+def _positions(model: Any, attended: Tensor) -> Tensor:
+    if hasattr(model.model, "get_rope_index"):
+        raise NotImplementedError("this model's positions are not one number a token: pass position_ids")
+    return (attended.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _last(marked: Tensor) -> Tensor:
+    """The last True place of each row of bool [B, S]: int64 [B]; 0 where there is none."""
+    places = torch.arange(marked.shape[1], device=marked.device)
+    return torch.where(marked, places, 0).amax(dim=1)
+
+
+def _by_position(scores: Tensor, visual: Tensor) -> Tensor:
+    """Scores [B, most visual tokens of a row] put at the visual tokens' places: [B, S], 0 elsewhere."""
+    placed = torch.zeros(visual.shape, dtype=scores.dtype, device=scores.device)
+    for row, places in enumerate(visual):
+        placed[row, places] = scores[row, : int(places.sum())]
+    return placed
+
+
+def _left_padded(inputs: Mapping[str, Tensor], masks: Masks) -> tuple[dict[str, Tensor], Masks]:
+    """The same rows with all padding on the left, so that new tokens can be put at the right end."""
+    ids = inputs["input_ids"]
+    attended = inputs.get("attention_mask", torch.ones_like(ids))
+    order = attended.bool().long().argsort(dim=1, stable=True)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.gather(1, order.to(tensor.device))
+
+    new = {**inputs, "input_ids": moved(ids), "attention_mask": moved(attended)}
+    return new, _with_given_masks(masks, moved)
+
+
+def _appended(inputs: Mapping[str, Tensor], masks: Masks, token: Tensor) -> tuple[dict[str, Tensor], Masks]:
+    """The prompt with one more text token, int64 [B], in each row."""
+    attended = inputs["attention_mask"]
+    new = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], token[:, None]], dim=1),
+        "attention_mask": torch.cat([attended, torch.ones_like(attended[:, :1])], dim=1),
+    }
+
+    def extended(given: Tensor) -> Tensor:
+        return torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)
+
+    return new, _with_given_masks(masks, extended)
+
+
+def _with_given_masks(masks: Masks, change: Callable[[Tensor], Tensor]) -> Masks:
+    """`masks` with `change` applied to what is aligned to the sequence: the given bool masks."""
+    prunes = tuple(
+        replace(p, given=change(p.given)) if p.given is not None and p.given.dtype == torch.bool else p
+        for p in masks.prunes
+    )
+    return replace(masks, prunes=prunes)
+
+
+def _check(model: PreTrainedModel, masks: Masks, tokens: _Tokens) -> None:
+    config = _decoder(model).config
+    layers = int(config.num_hidden_layers)
+    if masks.cut_from is not None and not 0 <= masks.cut_from <= layers:
+        raise ValueError(f"cut_from must be in 0..{layers}, got {masks.cut_from}")
+    _check_mask("heads", masks.heads, (layers, int(config.num_attention_heads)))
+    _check_mask("neurons", masks.neurons, (layers, int(config.intermediate_size)))
+    for prune in masks.prunes:
+        _check_prune(prune, layers, tokens.visual)
+    layers_of_prunes = [prune.layer for prune in masks.prunes]
+    if layers_of_prunes != sorted(layers_of_prunes):
+        raise ValueError(f"prunes must come in the order of their layers, got {layers_of_prunes}")
+    if not bool(tokens.attended.any(dim=1).all()):
+        raise ValueError("a row without any attended token")
+    removes = bool(masks.prunes) or (masks.cut_from is not None and masks.cut_from < layers)
+    ends_visual = tokens.visual.gather(1, _last(tokens.attended)[:, None])
+    if removes and bool(ends_visual.any()):
+        raise ValueError("a row ends with a visual token, whose own logits the masks would take away")
+
+
+def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != shape):
+        raise ValueError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+
+
+def _check_prune(prune: Prune, layers: int, visual: Tensor) -> None:
+    first = 1 if prune.choose == "fastv" else 0
+    if not first <= prune.layer < layers:
+        raise ValueError(f"{prune.choose} prunes before the layers {first}..{layers - 1}, not {prune.layer}")
+    if not 0 <= prune.keep <= 1:
+        raise ValueError(f"keep must be in [0, 1], got {prune.keep}")
+    if (prune.choose == "given") != (prune.given is not None):
+        raise ValueError("`given` goes with choose='given' and with nothing else")
+    if prune.given is None:
+        return
+    wanted = tuple(visual.shape)
+    if prune.given.dtype != torch.bool:
+        wanted = (wanted[0], int(visual.sum(dim=1).max()))
+    if tuple(prune.given.shape) != wanted:
+        raise ValueError(f"`given` must have the shape {list(wanted)}, got {list(prune.given.shape)}")
+
+
+__all__ = ["MaskedOutput", "Masks", "Prune", "masked_forward", "masked_greedy"]
