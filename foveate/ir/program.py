@@ -27,6 +27,7 @@ class NodeInfo:
     role: module path inside the layer, such as `self_attn.q_proj`, or what foveate calls the value.
     stream: which tokens the value belongs to; `none` for values without a token axis, `joint` for both.
     by: the step that made it (`trace`, `split`, or a pass); origin: names of the nodes it was made from.
+    twin: the joint value that both streams' versions of this value come from; `join` looks for it.
     """
 
     layer: int
@@ -34,6 +35,7 @@ class NodeInfo:
     stream: Stream = "none"
     by: str = "trace"
     origin: tuple[str, ...] = ()
+    twin: str = ""
 
     def with_(self, **changes: Any) -> NodeInfo:
         """A copy with some fields changed."""

@@ -127,6 +127,13 @@ class Rewriter:
             elif node.op == "call_function":
                 node.meta["val"] = self._evaluate(node.target, node.args, node.kwargs)
 
+    def merge_equal(self) -> None:
+        """Compute once what is computed several times from the same values."""
+        for node, first in equal_nodes(self.graph).items():
+            if node is not first:
+                self.replace(node, first)
+        self.sweep()
+
     def sweep(self) -> int:
         """Erase what no output needs, except inputs; says how many nodes went."""
         erased = 0
@@ -204,3 +211,17 @@ def output_nodes(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     map_arg(outputs(graph), lambda n: found.add(n) or n)  # type: ignore[func-returns-value]  # add in passing
     return found
+
+
+def equal_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Node -> the first node that computes the same from the same values."""
+    first: dict[Any, fx.Node] = {}
+    same: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            same[node] = node
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: same[n])
+        key = (node.target, repr(args), repr(kwargs))
+        same[node] = first.setdefault(key, node)
+    return same

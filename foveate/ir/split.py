@@ -1,4 +1,4 @@
-"""The modality-split form, and the way back.
+"""The modality-split form. `foveate.ir.join` is the way back.
 
     before (joint)                         after (split)
     h [B, S, D]                            h.visual [B, Nv, D]           h.text [B, Nt, D]
@@ -31,7 +31,8 @@ _STREAMS: tuple[Literal["visual", "text"], ...] = ("visual", "text")
 def split(program: Program, joint: fx.Graph) -> fx.Graph:
     """The split form of a joint decoder graph; the joint graph is not changed.
 
-    The result takes `visual`, `text`, `visual_position_ids`, `text_position_ids`, `visual_order`, `text_order` and
+    What the joint graph computes and no one will read (the last layer's visual output) is still there: `keep_last`
+    sweeps it out. The result takes `visual`, `text`, `visual_position_ids`, `text_position_ids`, `visual_order`, `text_order` and
     the integer `prefix` (see `foveate.ops.attention`) and returns `{"logits": [B, 1, V], "kv": [[k_visual,
     v_visual, k_text, v_text] a layer], "kept": {}}`.
     """
@@ -46,7 +47,7 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
         return found[stream] if stream in found else found["text"]
 
     for node in joint.nodes:
-        about = info(node)
+        about = info(node).with_(twin=node.name)
         if node.op == "placeholder":
             twins[node] = {s: _input(edit, node, s) for s in _STREAMS}
         elif node.op == "get_attr":
@@ -78,7 +79,6 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
                 )
                 for s in _STREAMS
             }
-    edit.sweep()
     return graph
 
 
@@ -89,7 +89,8 @@ def _input(edit: Rewriter, node: fx.Node, stream: str) -> fx.Node:
     with edit.program.symbols.mode:
         fake = torch.empty(sizes, dtype=value.dtype, device=value.device)
     name = stream if node.name == "hidden" else f"{stream}_{node.name}"
-    return edit.placeholder(name, fake, NodeInfo(-1, node.name, "visual" if stream == "visual" else "text"))
+    about = NodeInfo(-1, node.name, "visual" if stream == "visual" else "text", twin=node.name)
+    return edit.placeholder(name, fake, about)
 
 
 def _attention(
@@ -99,7 +100,7 @@ def _attention(
     keys, values, key_order = ([twins[x][s] for s in _STREAMS] for x in (k, v, k_order))
     args = ([twins[q][stream]], keys, values, [twins[q_order][stream]], key_order, prefix)
     return edit.call(
-        ops.attention, *args, f"{stream[0]}:vt", scale, about=info(node).with_(stream=stream)
+        ops.attention, *args, f"{stream[0]}:vt", scale, about=info(node).with_(stream=stream, twin=node.name)
     )
 
 
@@ -109,34 +110,21 @@ def _outputs(node: fx.Node, twins: dict[fx.Node, dict[str, fx.Node]]) -> dict[st
     return {"logits": twins[value["out"]]["text"], "kv": kv, "kept": {}}
 
 
-def join(program: Program, graph: fx.Graph, inputs: bool = False) -> fx.Graph:
-    """Where both streams do the same op with the same weight, do it once; the argument is not changed.
-
-    Values that belong together are concatenated as (visual, text) along their token axis and stay so until one
-    stream is needed alone, which is then a slice. With `inputs`, the graph's own inputs are joined too and the
-    result takes `hidden`, `position_ids` and `order` again: `join(split(g), inputs=True)` gives back g.
-    """
-    from foveate.ir.join import Joiner
-
-    return Joiner(program, graph, inputs).run()
-
-
 def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """A graph as plain data, up to node names: what round trips compare."""
-    number = {node: i for i, node in enumerate(graph.nodes)}
+    computing = [n for n in graph.nodes if n.op != "get_attr"]
+    number = {node: i for i, node in enumerate(computing)}
 
     def plain(value: Any) -> Any:
         if isinstance(value, fx.Node):
-            return ("node", number[value])
+            return ("weight", value.target) if value.op == "get_attr" else ("node", number[value])
         if isinstance(value, (list, tuple)):
             return tuple(plain(v) for v in value)
         if isinstance(value, dict):
             return tuple((k, plain(v)) for k, v in value.items())
         return value
 
-    rows = []
-    for node in graph.nodes:
-        about = info(node)
-        rows.append((node.op, str(node.target), plain(node.args), plain(node.kwargs), about.layer, about.role))
-    return rows
-
+    return [
+        (n.op, str(n.target), plain(n.args), plain(n.kwargs), *((i.layer, i.role) if (i := info(n)) else ()))
+        for n in computing
+    ]

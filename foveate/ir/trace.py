@@ -138,6 +138,7 @@ def import_graph(
         else:
             raise TraceError(f"unexpected `{node.op}` node {node.name} in the recording")
     edit.sweep()
+    edit.merge_equal()
     return graph
 
 

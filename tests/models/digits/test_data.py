@@ -37,7 +37,7 @@ def test_the_split_is_disjoint_complete_and_stratified() -> None:
 
 
 def test_an_unknown_split_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'test'.*train, heldout"):
+    with pytest.raises(ValueError, match=r"'test'.*train, heldout"):
         digit_set("test")
 
 

@@ -47,7 +47,7 @@ def test_the_card_shows_the_grid_of_its_example() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_sequence_asks_about_every_cell_once_after_the_counts(seed: int) -> None:
+def test_no_answer_of_a_sequence_can_be_copied_from_an_earlier_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
     _, grid = compose(rng, digit_set("train"))
     questions = draw_many(rng, grid, raster=seed % 2 == 0, counts=9)
@@ -55,7 +55,8 @@ def test_a_sequence_asks_about_every_cell_once_after_the_counts(seed: int) -> No
         (question.task == "count" for question in questions), reverse=True
     )
     cells = [cell for question in questions if question.task != "count" for cell in question.cells(grid)]
-    assert sorted(cells) == [(row, column) for row in range(GRID) for column in range(GRID)]
+    assert len(set(cells)) == len(cells)
+    assert sum(question.task == "lookup" for question in questions) == 2 * GRID
     if seed % 2 == 0:
         assert cells == sorted(cells)
 
@@ -64,7 +65,9 @@ def test_rows_come_in_order_or_shuffled_and_one_question_is_one() -> None:
     rng = np.random.default_rng(0)
     grid = samples(n=1)[0].grid
     assert [question.row for question in draw_rows(rng, grid, raster=True)] == [0, 1, 2, 3]
-    assert any([question.row for question in draw_rows(rng, grid, raster=False)] != [0, 1, 2, 3] for _ in range(9))
+    assert any(
+        [question.row for question in draw_rows(rng, grid, raster=False)] != [0, 1, 2, 3] for _ in range(9)
+    )
     single = [draw_one(rng, grid, raster=False) for _ in range(60)]
     assert {len(questions) for questions in single} == {1}
     assert {questions[0].task for questions in single} == {"lookup", "count", "row"}

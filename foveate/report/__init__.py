@@ -1,0 +1,1 @@
+"""What foveate tells: passes and what they gained, tables, pictures."""

@@ -1,0 +1,38 @@
+"""Figures as people read them, short enough for a table."""
+
+from __future__ import annotations
+
+_STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def count(value: float) -> str:
+    """1234567890 -> 1.23G."""
+    for size, letter in _STEPS:
+        if value >= size:
+            return f"{value / size:.3g}{letter}" if value < 999.5 * size else f"{value / size:.0f}{letter}"
+    return f"{value:.0f}"
+
+
+def ms(seconds: float) -> str:
+    """Seconds as milliseconds: 0.0123 -> 12.3."""
+    value = 1000 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def size(nbytes: float) -> str:
+    """1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.3g} {unit}"
+
+
+def times(ratio: float) -> str:
+    """A speed-up: 3.1 -> 3.10x."""
+    return f"{ratio:.2f}x"
+
+
+def percent(share: float) -> str:
+    """0.9375 -> 93.8%."""
+    return f"{100 * share:.1f}%"
