@@ -128,6 +128,13 @@ def cost_of(
     )
 
 
+def prefill_cost(program: Program) -> dict[str, int]:
+    """What a pass changes, at one image and 60 text tokens: `prefill_flops` and `kv_bytes`."""
+    values = {"batch": 1, "images": 1, "visual_tokens": program.info.tokens_per_image, "text_tokens": 60}
+    sizes = Sizes(program, values)
+    return {"prefill_flops": graph_flops(program.prefill, sizes), "kv_bytes": kv_bytes(program, sizes)}
+
+
 def graph_cost(graph: fx.Graph, sizes: Sizes, device: Device) -> GraphCost:
     """Sum over nodes; each takes the longer of its arithmetic and its memory time."""
     total_flops = total_bytes = 0

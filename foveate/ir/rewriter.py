@@ -50,20 +50,22 @@ class Rewriter:
 
     @contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
-        """New nodes go right behind `node`."""
-        with self.graph.inserting_before(node.next):
+        """New nodes go right behind `node`; behind all inputs and weights, if it is one."""
+        point = node.next
+        while point.op in ("placeholder", "get_attr"):
+            point = point.next
+        with self.graph.inserting_before(point):
             yield
 
-    def call(self, op: Any, *args: Arg, about: NodeInfo, **kwargs: Arg) -> fx.Node:
+    def call(self, op: Any, *args: Arg, about: NodeInfo, name: str | None = None, **kwargs: Arg) -> fx.Node:
         """Insert a call of an op (a `torch.ops` overload); its shape is computed now, from its arguments' shapes."""
-        node = self.graph.create_node("call_function", op, args, kwargs, name=self._name(op, about))
+        node = self.graph.create_node("call_function", op, args, kwargs, name=name or self._name(op, about))
         return self._finish(node, about, self._evaluate(op, args, kwargs))
 
-    def item(self, source: fx.Node, place: int, about: NodeInfo) -> fx.Node:
+    def item(self, source: fx.Node, place: int, about: NodeInfo, name: str | None = None) -> fx.Node:
         """One of the results of an op that returns several."""
-        node = self.graph.create_node(
-            "call_function", operator.getitem, (source, place), {}, name=self._name(f"item{place}", about)
-        )
+        name = name or self._name(f"item{place}", about)
+        node = self.graph.create_node("call_function", operator.getitem, (source, place), {}, name=name)
         return self._finish(node, about, source.meta["val"][place])
 
     def placeholder(self, name: str, value: Arg, about: NodeInfo) -> fx.Node:
@@ -83,7 +85,7 @@ class Rewriter:
                 break
         anchor = next((n for n in self.graph.nodes if n.op in ("call_function", "output")), None)
         value = self.program.symbols.mode.from_tensor(self.program.weights.get(name), static_shapes=True)
-        about = NodeInfo(layer=-1, role=name, by="trace")
+        about = NodeInfo(layer=-1, role=name)
         if anchor is None:
             return self._finish(self._get_attr(name), about, value)
         with self.before(anchor):
@@ -157,25 +159,16 @@ class Rewriter:
         return f"{base}_{self._names[base]}"
 
     def _evaluate(self, op: Any, args: Arg, kwargs: Arg) -> Any:
-        fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
-        # Constants live in the program's fake world too; `immutable_list` is FX's own list type.
-        with self.program.symbols.mode, torch.no_grad():
-            try:
-                return op(*_plain(fake_args), **{k: _plain(v) for k, v in fake_kwargs.items()})
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise TraceError(f"{op} does not accept its arguments: {str(error).splitlines()[0]}") from error
+        try:
+            return self.program.symbols.evaluate(op, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise TraceError(f"{op} does not accept its arguments: {str(error).splitlines()[0]}") from error
 
     def _finish(self, node: fx.Node, about: NodeInfo, value: Any) -> fx.Node:
-        node.meta["foveate"] = about if about.by != "trace" or self.by == "trace" else about.with_(by=self.by)
-        node.meta["val"] = value
+        node.meta["foveate"] = about if about.by else about.with_(by=self.by)
+        node.meta["val"] = self.program.symbols.shared(value)
         self.events["inserted"] += 1
         return node
-
-
-def _plain(value: Arg) -> Arg:
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else [_plain(v) for v in value]
-    return value
 
 
 def shape(node: fx.Node) -> torch.Size:

@@ -14,6 +14,7 @@ from foveate import ops
 from foveate.errors import TraceError, VerifyError
 from foveate.ir.program import NodeInfo, Program, layer_kv, outputs
 from foveate.ir.select import token_inputs
+from foveate.ir.text import OPS
 from foveate.ir.tokens import token_axes
 
 Complaints = Iterator[tuple[fx.Node, str]]
@@ -21,16 +22,15 @@ Rule = Callable[[Program, str, fx.Graph], Complaints]
 
 
 def known_ops(program: Program, name: str, graph: fx.Graph) -> Complaints:
-    """Graphs call aten and foveate ops, and take results apart; nothing else."""
+    """Graphs call ops of the known set, and take results apart; nothing else."""
     import operator
 
     for node in graph.nodes:
         if node.op in ("call_module", "call_method"):
             yield node, f"a `{node.op}` node; only inputs, weights, ops and one output may stand in a graph"
         elif node.op == "call_function" and node.target is not operator.getitem:
-            namespace = getattr(node.target, "namespace", None)
-            if namespace not in ("aten", "foveate"):
-                yield node, f"calls {node.target}, which is not an aten or foveate op"
+            if str(node.target) not in OPS:
+                yield node, f"calls {node.target}, which is not in foveate.ir.text.OPS"
 
 
 def described(program: Program, name: str, graph: fx.Graph) -> Complaints:

@@ -47,7 +47,7 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
         return found[stream] if stream in found else found["text"]
 
     for node in joint.nodes:
-        about = info(node).with_(twin=node.name)
+        about = info(node).with_(twin=node.name, by="split")
         if node.op == "placeholder":
             twins[node] = {s: _input(edit, node, s) for s in _STREAMS}
         elif node.op == "get_attr":
@@ -100,7 +100,7 @@ def _attention(
     keys, values, key_order = ([twins[x][s] for s in _STREAMS] for x in (k, v, k_order))
     args = ([twins[q][stream]], keys, values, [twins[q_order][stream]], key_order, prefix)
     return edit.call(
-        ops.attention, *args, f"{stream[0]}:vt", scale, about=info(node).with_(stream=stream, twin=node.name)
+        ops.attention, *args, f"{stream[0]}:vt", scale, about=info(node).with_(stream=stream, twin=node.name, by="split")
     )
 
 

@@ -152,6 +152,8 @@ class _Where:
     def place(self, node: fx.Node) -> NodeInfo:
         stack = node.meta.get("nn_module_stack") or {}
         path = next(reversed(stack.values()))[0] if stack else ""
+        if path.startswith("_empty_nn_module_stack"):
+            path = ""  # torch.export's name for "no module"
         found = re.search(r"(?:^|\.)layers\.(\d+)\.?(.*)$", path)
         if found:
             self.entered = True

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from foveate.errors import FoveateWarning, PassError
+from foveate.ir.cost import prefill_cost
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import Program
 from foveate.ir.rules import verify
@@ -36,9 +37,12 @@ def apply_pipeline(program: Program, passes: Passes | None) -> Program:
 
     A pass that changes nothing is recorded with its reason and issues a FoveateWarning.
     """
+    before = prefill_cost(program)
     for each in resolve(passes):
         record = each.apply(program)
-        program.passes.append(record)
+        after = prefill_cost(program)
+        program.passes.append(dataclasses.replace(record, cost={k: (before[k], after[k]) for k in after}))
+        before = after
         if record.skipped:
             warnings.warn(f"{record.text} changed nothing: {record.skipped}", FoveateWarning, stacklevel=3)
     program.graphs["decode"] = derive_decode(program)

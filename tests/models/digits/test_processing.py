@@ -9,7 +9,7 @@ from transformers import AutoProcessor, LlavaProcessor
 
 from foveate.models.digits import prompt_for, samples, weights_path
 from foveate.models.digits.processing import VISUAL_TOKENS, build_processor
-from foveate.models.digits.questions import parse_question
+from foveate.models.digits.questions import Question, parse_question
 from foveate.models.digits.sequences import NO_LOSS, encode, to_tensor
 
 
@@ -35,12 +35,23 @@ def test_training_and_evaluation_see_the_same_tokens(processor: LlavaProcessor, 
     sample = samples(task=task, n=1, seed=4)[0]
     inputs = processor(text=sample.prompt, images=sample.image, return_tensors="pt")
     asked = inputs["input_ids"][0].tolist()
-    ids, labels = encode([parse_question(sample.question)], sample.grid, processor.tokenizer.get_vocab())
-    assert ids[: len(asked)] == asked
+    sequence = encode([parse_question(sample.question)], sample.grid, processor.tokenizer.get_vocab())
+    assert sequence.ids[: len(asked)] == asked
     answer = processor.tokenizer(f"{sample.answer} </s>", add_special_tokens=False)["input_ids"]
-    assert ids[len(asked) :] == answer
-    assert labels == [NO_LOSS] * len(asked) + answer
-    assert processor.tokenizer.unk_token_id not in ids
+    assert sequence.ids[len(asked) :] == answer
+    assert sequence.labels == [NO_LOSS] * len(asked) + answer
+    assert processor.tokenizer.unk_token_id not in sequence.ids
+
+
+def test_places_name_the_cell_each_answer_word_is_read_from(processor: LlavaProcessor) -> None:
+    grid = samples(n=1)[0].grid
+    asked = [Question("count", digit=1), Question("lookup", row=2, column=1), Question("row", row=3)]
+    sequence = encode(asked, grid, processor.tokenizer.get_vocab())
+    places = [place for place in sequence.places if place != NO_LOSS]
+    assert places == [9, 12, 13, 14, 15]
+    for token, place in zip(sequence.ids, sequence.places, strict=True):
+        if place != NO_LOSS:
+            assert processor.tokenizer.convert_ids_to_tokens(token) == grid[place // 4][place % 4]
 
 
 def test_training_and_evaluation_see_the_same_pixels(processor: LlavaProcessor) -> None:

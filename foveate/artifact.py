@@ -1,0 +1,171 @@
+"""Saved programs: a flat folder of JSON, text and safetensors. Nothing in it is executed or unpickled.
+
+    foveate.json            format, versions, what was pruned, sha256 of every other file
+    program.txt             the vision and prefill graphs (`foveate.ir.text`); decode is derived from them
+    model.safetensors       every weight that a graph uses, once
+    config.json  generation_config.json     as transformers writes them
+
+A folder is written under a temporary name and renamed, so that it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from foveate import __version__
+from foveate.errors import ArtifactError, FoveateError
+from foveate.ir.decode import derive_decode
+from foveate.ir.program import ModelInfo, PassRecord, Program, Symbols, Weights
+from foveate.ir.rules import verify
+from foveate.ir.text import parse_graphs
+from foveate.model import OptimizedModel
+
+FORMAT = 1
+MANIFEST = "foveate.json"
+FILES = ("program.txt", "model.safetensors", "config.json", "generation_config.json")
+
+
+def save(model: OptimizedModel, folder: Path) -> None:
+    """Write `model` to `folder`, which must not exist yet; ArtifactError if it does or cannot be written."""
+    if folder.exists():
+        raise ArtifactError(f"{folder} exists already; give a new folder, or remove it first")
+    program = model.program
+    if program.weights.device().type == "meta":
+        raise ArtifactError("a model on the meta device has no weights to save")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be written: {error.strerror}") from None
+    try:
+        _write(model, program, work)
+        work.chmod(0o755)
+        os.rename(work, folder)
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(model: OptimizedModel, program: Program, work: Path) -> None:
+    used = used_weights(program)
+    tensors = {name: value.detach().contiguous() for name, value in program.weights.items() if name in used}
+    save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+    text = "\n".join(program.to_text(name) for name in ("vision", "prefill"))
+    (work / "program.txt").write_text(text, encoding="utf-8")
+    config = {**model.config.to_dict(), "model_type": model.config.model_type}
+    (work / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    model.generation_config.to_json_file(work / "generation_config.json", use_diff=True)
+    manifest = {
+        "format": FORMAT,
+        "versions": {"foveate": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "model": {k: v for k, v in dataclasses.asdict(program.info).items() if k != "config"},
+        "passes": [dataclasses.asdict(record) for record in program.passes],
+        "parameters": [n for n, v in program.weights.items() if n in used and isinstance(v, nn.Parameter)],
+        "files": {name: _sha256(work / name) for name in FILES},
+    }
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def used_weights(program: Program) -> set[str]:
+    """Names of the weights that some graph, or the token embedding, reads."""
+    read = {str(n.target) for g in program.graphs.values() for n in g.nodes if n.op == "get_attr"}
+    return read | {program.info.paths["embed"]}
+
+
+def load(folder: Path, backend: str, device: str) -> OptimizedModel:
+    """Read what `save` wrote.
+
+    Raises ArtifactError for a folder that is missing, foreign, of another format, or whose files are not those
+    that were written.
+    """
+    manifest = read_manifest(folder)
+    try:
+        config = _config(folder)
+        info = ModelInfo(**_model(manifest["model"]), config=config.to_dict())
+        program = Program(info, _weights(folder, manifest["parameters"], device), Symbols())
+        program.passes = [PassRecord(**_record(record)) for record in manifest["passes"]]
+        generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        text = (folder / "program.txt").read_text(encoding="utf-8")
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise ArtifactError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    program.graphs = parse_graphs(program, text)
+    if set(program.graphs) != {"vision", "prefill"}:
+        raise ArtifactError(f"{folder}/program.txt must hold the graphs vision and prefill")
+    try:
+        program.graphs["decode"] = derive_decode(program)
+        verify(program)
+    except (FoveateError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{folder}/program.txt is not a valid program: {error}") from None
+    return OptimizedModel(program, config, generation, backend)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved program, after every file's hash has been checked."""
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} was not saved by foveate: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise ArtifactError(f"{path} has format {found!r}; this foveate reads format {FORMAT}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) != set(FILES):
+        raise ArtifactError(f"{path} must list exactly these files: {', '.join(FILES)}")
+    for name in FILES:
+        # Only these names are opened, so a manifest cannot point outside its folder.
+        if not (folder / name).is_file() or (folder / name).is_symlink():
+            raise ArtifactError(f"{folder}/{name} is missing")
+        if _sha256(folder / name) != files[name]:
+            raise ArtifactError(f"{folder}/{name} is not the file that was saved: its sha256 does not match {MANIFEST}")
+    return manifest
+
+
+def _config(folder: Path) -> Any:
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = content["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"config.json has the unknown model_type {kind!r}")
+    return transformers.CONFIG_MAPPING[kind].from_dict(content)
+
+
+def _model(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "grid": tuple(fields["grid"]), "image_size": tuple(fields["image_size"])}
+
+
+def _record(fields: dict[str, Any]) -> dict[str, Any]:
+    cost = {k: (int(a), int(b)) for k, (a, b) in (fields.get("cost") or {}).items()}
+    return {**fields, "notes": tuple(fields["notes"]), "cost": cost or None}
+
+
+def _weights(folder: Path, parameters: list[str], device: str) -> Weights:
+    weights = Weights()
+    trainable = set(parameters)
+    for name, value in load_file(folder / "model.safetensors", device=device).items():
+        if not all(part.isidentifier() or part.isdigit() for part in name.split(".")):
+            raise ValueError(f"weight name {name!r}")
+        weights.put(name, nn.Parameter(value) if name in trainable else value)
+    return weights
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

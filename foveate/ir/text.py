@@ -1,0 +1,237 @@
+"""Programs as text: readable, stable, and enough to build them again.
+
+    graph prefill
+    visual = input(float32, batch, visual_tokens, 192) ; -1 visual hidden
+    ...
+    # layer 3
+    l3_visual_linear_1 = aten.linear.default(l3_visual_mul_2, weight("...q_proj.weight")) ; 3 visual
+        self_attn.q_proj | split | twin linear_9 | float32[batch, visual_tokens, 192]     (one line)
+    return {...}
+
+Arguments are Python literals, names of earlier values, `weight("...")` and `dtype("...")`. Reading evaluates nothing:
+lines are parsed with `ast`, ops come from `OPS`, and every shape is computed anew and compared with the text.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from foveate import ops
+from foveate.errors import ArtifactError, FoveateError
+from foveate.ir.program import NodeInfo, Program, info, outputs
+from foveate.ir.rewriter import Rewriter
+from foveate.ir.tokens import RULES
+
+aten = torch.ops.aten
+
+_VISION = (
+    aten.conv2d.default,
+    aten.embedding.default,
+    aten.expand.default,
+    aten.select.int,
+    aten.sym_size.int,
+    aten.permute.default,
+    aten.add.Scalar,
+    aten.mul.Scalar,
+    ops.encoder_attention,
+)
+OPS: dict[str, Any] = {str(op): op for op in (*RULES, *_VISION) if op is not operator.getitem}
+"""Every op a graph may call, by its name in the text."""
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool
+)}
+
+
+def program_to_text(program: Program, graph: str | None = None) -> str:
+    """All graphs of a program, or the named one."""
+    names = program.symbols.names()
+    chosen = program.graphs if graph is None else {graph: program.graphs[graph]}
+    return "\n".join(_graph_to_text(name, g, names) for name, g in chosen.items())
+
+
+def _graph_to_text(name: str, graph: fx.Graph, names: dict[Any, str]) -> str:
+    lines = [f"graph {name}"]
+    layer: int | None = None
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        if node.op == "output":
+            lines.append(f"return {_literal(outputs(graph))}")
+            continue
+        about = info(node)
+        if node.op == "call_function" and about.layer != layer:
+            layer = about.layer
+            lines.append(f"# layer {layer}")
+        lines.append(f"{node.name} = {_call(node, names)} ; {_about(about)} | {value_text(node, names)}")
+    return "\n".join(lines) + "\n"
+
+
+def value_text(node: fx.Node, names: dict[Any, str]) -> str:
+    """dtype and shape of a node's value, such as `float32[batch, visual_tokens, 192]`."""
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(_size(s, names) for s in value.shape)}]"
+    if isinstance(value, tuple):
+        return f"{len(value)} values"
+    return f"int {_size(value, names)}"
+
+
+def _size(size: Any, names: dict[Any, str]) -> str:
+    if not isinstance(size, torch.SymInt):
+        return str(size)
+    expression = size.node.expr
+    text = str(expression)
+    for symbol, name in names.items():
+        text = text.replace(str(symbol), name) if symbol in expression.free_symbols else text
+    # torch's own functions, as a reader would write them.
+    return re.sub(r"ToFloat\((\w+)\)", r"\1", text).replace("FloorToInt(", "floor(")
+
+
+def _call(node: fx.Node, names: dict[Any, str]) -> str:
+    if node.op == "placeholder":
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return f"input(int, {_size(value, names)})"
+        return f"input({', '.join([str(value.dtype).removeprefix('torch.'), *(_size(s, names) for s in value.shape)])})"
+    if node.target is operator.getitem:
+        return f"item({_literal(node.args[0])}, {node.args[1]})"
+    parts = [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
+    return f"{node.target}({', '.join(parts)})"
+
+
+def _about(about: NodeInfo) -> str:
+    parts = [f"{about.layer} {about.stream} {about.role or '-'}", about.by]
+    if about.origin:
+        parts.append("from " + " ".join(about.origin))
+    if about.twin:
+        parts.append(f"twin {about.twin}")
+    return " | ".join(parts)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f'weight("{value.target}")' if value.op == "get_attr" else value.name
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{k}": {_literal(v)}' for k, v in value.items()) + "}"
+    if isinstance(value, torch.dtype):
+        return f'dtype("{str(value).removeprefix("torch.")}")'
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, str) and value.isprintable() and '"' not in value and "\\" not in value:
+        return f'"{value}"'
+    raise FoveateError(f"a graph holds {value!r}, which has no text form")
+
+
+def parse_graphs(program: Program, text: str) -> dict[str, fx.Graph]:
+    """Graphs from text, over the weights and sizes of `program`, which is not changed.
+
+    Raises ArtifactError naming the line that cannot be read, calls an unknown op, or whose shape does not hold.
+    """
+    graphs: dict[str, fx.Graph] = {}
+    reader: _Reader | None = None
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            if line.startswith("graph "):
+                reader = _Reader(program)
+                graphs[line.removeprefix("graph ").strip()] = reader.edit.graph
+            elif line.strip() and not line.startswith("#"):
+                if reader is None:
+                    raise ValueError("no graph has been opened")
+                reader.read(line)
+        except (ValueError, KeyError, SyntaxError, TypeError, FoveateError, RecursionError) as error:
+            raise ArtifactError(f"program text, line {number}: {error}: {line[:80]}") from None
+    for name, graph in graphs.items():
+        if not any(n.op == "output" for n in graph.nodes):
+            raise ArtifactError(f"program text: graph {name} returns nothing")
+    return graphs
+
+
+class _Reader:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.edit = Rewriter(program, fx.Graph(), by="text")
+        self.nodes: dict[str, fx.Node] = {}
+
+    def read(self, line: str) -> None:
+        if line.startswith("return "):
+            self.edit.output(self.value(ast.parse(line.removeprefix("return "), mode="eval").body))
+            return
+        code, _, notes = line.partition(" ; ")
+        statement = ast.parse(code).body[0]
+        if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+            raise ValueError("not of the form name = op(...)")
+        call, name = statement.value, statement.targets[0].id
+        if not isinstance(call, ast.Call) or name in self.nodes:
+            raise ValueError("not a call" if name not in self.nodes else f"{name} is made twice")
+        *about_parts, shape = notes.split(" | ")
+        node = self.call(name, ast.unparse(call.func), call, _parse_about(about_parts))
+        found = value_text(node, self.program.symbols.names())
+        if found != shape.strip():
+            raise ValueError(f"the value is {found}, the text says {shape.strip()}")
+        self.nodes[name] = node
+
+    def call(self, name: str, function: str, call: ast.Call, about: NodeInfo) -> fx.Node:
+        if function == "input":
+            return self.edit.placeholder(name, self.input_value(call), about)
+        args = [self.value(a) for a in call.args]
+        if function == "item":
+            return self.edit.item(args[0], int(args[1]), about, name=name)
+        if function not in OPS:
+            raise ValueError(f"{function} is not an op that a program may call")
+        kwargs = {str(k.arg): self.value(k.value) for k in call.keywords}
+        return self.edit.call(OPS[function], *args, about=about, name=name, **kwargs)
+
+    def input_value(self, call: ast.Call) -> Any:
+        kind, *sizes = (a.id if isinstance(a, ast.Name) else self.value(a) for a in call.args)
+        symbols = self.program.symbols
+        if any(isinstance(s, str) and s not in symbols.HINTS for s in sizes):
+            raise ValueError("an input has a size that is neither a number nor a known name")
+        if kind == "int":
+            return symbols[sizes[0]]
+        return symbols.tensor(*sizes, dtype=_DTYPES[kind], device=self.program.weights.device())
+
+    def value(self, expression: ast.expr) -> Any:
+        """A literal, a value's name, a weight or a dtype; anything else is refused."""
+        if isinstance(expression, ast.Constant):
+            return expression.value
+        if isinstance(expression, ast.UnaryOp) and isinstance(expression.op, ast.USub):
+            return -self.value(expression.operand)
+        if isinstance(expression, ast.List):
+            return [self.value(e) for e in expression.elts]
+        if isinstance(expression, ast.Dict):
+            keys = [self.value(k) for k in expression.keys if k is not None]
+            return dict(zip(keys, map(self.value, expression.values), strict=True))
+        if isinstance(expression, ast.Name):
+            return self.nodes[expression.id]
+        if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Name) and len(expression.args) == 1:
+            argument = self.value(expression.args[0])
+            if expression.func.id == "weight":
+                return self.edit.weight(str(argument))
+            if expression.func.id == "dtype":
+                return _DTYPES[argument]
+        raise ValueError(f"{ast.unparse(expression)} is not a value")
+
+
+def _parse_about(parts: list[str]) -> NodeInfo:
+    first, by, *rest = parts
+    layer, stream, role = first.split(" ", 2)
+    if stream not in ("visual", "text", "joint", "none"):
+        raise ValueError(f"{stream!r} is not a stream")
+    options = {key: value for key, _, value in (part.partition(" ") for part in rest)}
+    return NodeInfo(
+        int(layer),
+        "" if role == "-" else role,
+        stream,  # type: ignore[arg-type]  # checked above
+        by,
+        tuple(options.get("from", "").split()),
+        options.get("twin", ""),
+    )
