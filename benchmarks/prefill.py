@@ -32,16 +32,8 @@ FULL = {
     "repeat": 15,
     "new-tokens": 16,
 }
-QUICK = {
-    **FULL,
-    "hidden": 128,
-    "ffn": 352,
-    "visual-tokens": 64,
-    "text-tokens": 16,
-    "threads": 1,
-    "repeat": 2,
-    "new-tokens": 2,
-}
+SMALL = {"layers": 8, "hidden": 128, "ffn": 352, "visual-tokens": 64, "text-tokens": 16, "threads": 1}
+QUICK = {**FULL, **SMALL, "repeat": 2, "new-tokens": 2}
 ENOUGH = 0.85
 RESULTS = Path(__file__).parent / "results"
 
@@ -97,9 +89,7 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [row(run) for run in result["runs"]]
-    legend = (
-        f"Efficiency: measured over FLOP speed-up; **bold** is below {ENOUGH}. Decode: one step, over dense."
-    )
+    legend = f"Efficiency: measured over FLOP speed-up; **bold** is below {ENOUGH}. Decode: one step, over dense."
     return "\n".join([*lines, "", legend, ""])
 
 

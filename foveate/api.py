@@ -22,13 +22,16 @@ def trace(model: Any) -> Program:
     return trace_program(model)
 
 
-def optimize(model: Any, passes: Passes | None = None, backend: str = "eager") -> OptimizedModel:
+def optimize(
+    model: Any, passes: Passes | None = None, backend: str = "eager", traced: Program | None = None
+) -> OptimizedModel:
     """A faster model with the same calling convention.
 
     passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager` or
-    `inductor`. The weights are shared with `model`, which is left as it was. Raises FoveateError subclasses.
+    `inductor`. traced: what `trace(model)` gave, so that several recipes can be tried on one trace; it is not
+    changed. The weights are shared with `model`, which is left as it was. Raises FoveateError subclasses.
     """
-    program = apply_pipeline(trace(model), passes)
+    program = apply_pipeline(trace(model) if traced is None else traced.copy(), passes)
     return OptimizedModel(program, model.config, model.generation_config, backend)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -53,7 +52,7 @@ def save(model: OptimizedModel, folder: Path) -> None:
     try:
         _write(model, program, work)
         work.chmod(0o755)
-        os.rename(work, folder)
+        work.rename(folder)
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be written: {error.strerror}") from None
     finally:
@@ -64,6 +63,7 @@ def _write(model: OptimizedModel, program: Program, work: Path) -> None:
     used = used_weights(program)
     tensors = {name: value.detach().contiguous() for name, value in program.weights.items() if name in used}
     save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+    (work / "model.safetensors").chmod(0o644)  # safetensors writes 0600; the other files are readable too
     text = "\n".join(program.to_text(name) for name in ("vision", "prefill"))
     (work / "program.txt").write_text(text, encoding="utf-8")
     config = {**model.config.to_dict(), "model_type": model.config.model_type}

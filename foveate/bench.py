@@ -77,8 +77,7 @@ class Bench:
     def losses(self) -> list[str]:
         """Where the optimized model is slower, in words."""
         return [
-            f"{phase} is slower than {'Hugging Face' if base == 'hf' else base}: "
-            f"{self.speedup(phase, base):.2f}x"
+            f"{phase} is slower than {'Hugging Face' if base == 'hf' else base}: {self.speedup(phase, base):.2f}x"
             for base in ("dense", "hf")
             for phase in ("prefill", "decode")
             if self.speedup(phase, base) < 1

@@ -112,4 +112,3 @@ class VisualTextCache:
 
     def __len__(self) -> int:
         return self.seen
-

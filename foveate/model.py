@@ -98,9 +98,7 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         if use_cache:
             cache = cache if isinstance(cache, VisualTextCache) else VisualTextCache()
             orders = {"visual_order": streams.visual.order, **{f"kept_{n}": order for n, order in kept.items()}}
-            cache.fill(
-                out["kv"], orders, streams.text.order, streams.prefix, input_ids.shape[1], streams.next_position
-            )
+            cache.fill(out["kv"], orders, streams.text.order, streams.prefix, input_ids.shape[1], streams.next_position)
         return NextToken(logits=out["logits"], past_key_values=cache if use_cache else None, kept=kept or None)
 
     def _run_decode(self, input_ids: Tensor, cache: VisualTextCache) -> NextToken:
@@ -108,12 +106,14 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         steps = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
         order = steps + cache.seen
         assert cache.next_position is not None  # a filled cache has it
-        out = self._run["decode"]({
-            **cache.inputs(),
-            "text": self._embed(input_ids),
-            "text_position_ids": steps + cache.next_position,
-            "text_order": order.contiguous(),
-        })
+        out = self._run["decode"](
+            {
+                **cache.inputs(),
+                "text": self._embed(input_ids),
+                "text_position_ids": steps + cache.next_position,
+                "text_order": order.contiguous(),
+            }
+        )
         cache.extend(out["kv"], order)
         return NextToken(logits=out["logits"], past_key_values=cache)
 
@@ -221,5 +221,7 @@ def _refuse(options: dict[str, Any]) -> None:
     harmless = {"return_dict", "logits_to_keep", "cache_position", "next_sequence_length", "is_first_iteration"}
     unknown = sorted(wanted - harmless)
     if unknown:
-        raise InputError(f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, pixel_values, "
-                         "attention_mask, position_ids, past_key_values and use_cache")
+        raise InputError(
+            f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, pixel_values, "
+            "attention_mask, position_ids, past_key_values and use_cache"
+        )

@@ -55,7 +55,7 @@ take_tokens = torch.ops.foveate.take_tokens.default
 """x [B, ..., n at dim, ...] gathered along `dim` with index int64 [B, k]; B may be 1 in x."""
 
 random_scores = torch.ops.foveate.random_scores.default
-"""Scores in [0, 1) that depend on the seed and on each token's place in its stream only: order [B, n] -> fp32 [B, n]."""
+"""Scores in [0, 1) that depend on the seed and each token's place in its stream only: order [B, n] -> fp32 [B, n]."""
 
 
 @torch.library.register_fake("foveate::attention", lib=LIBRARY)

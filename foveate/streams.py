@@ -85,7 +85,9 @@ def _check(
     images: int,
 ) -> None:
     if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give [batch, sequence] with at least one token")
+        raise InputError(
+            f"input_ids has shape {tuple(input_ids.shape)}; give [batch, sequence] with at least one token"
+        )
     for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if value is not None and (value.dim() != 2 or value.shape[1] != input_ids.shape[1]):
             raise InputError(f"{name} has shape {tuple(value.shape)}; input_ids has {tuple(input_ids.shape)}")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
 from foveate.backends.base import Inputs, Runner, input_names
 from foveate.backends.eager import graph_module
+from foveate.errors import BackendError
 from foveate.ir.program import Program
 
 
@@ -16,7 +19,12 @@ def lower(program: Program, graph: fx.Graph, name: str) -> Runner:
     names = input_names(graph)
 
     def run(inputs: Inputs) -> dict[str, object]:
-        result: dict[str, object] = module(*(inputs[n] for n in names))
+        try:
+            result: dict[str, object] = module(*(inputs[n] for n in names))
+        except InductorError as error:
+            if isinstance(error.inner_exception, InvalidCxxCompiler):
+                raise BackendError("the inductor backend needs a C++ compiler (g++ or clang++) on this machine") from None
+            raise
         return result
 
     return run

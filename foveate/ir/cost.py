@@ -17,8 +17,9 @@ from torch import Tensor, fx
 
 from foveate import ops
 from foveate.errors import InputError
+from foveate.ir.attention import Attention
 from foveate.ir.join import join
-from foveate.ir.program import Program, layer_kv
+from foveate.ir.program import Program, args_of, layer_kv
 
 aten = torch.ops.aten
 
@@ -154,7 +155,7 @@ def graph_flops(graph: fx.Graph, sizes: Sizes) -> int:
 
 def node_flops(node: fx.Node, sizes: Sizes) -> int:
     """FLOPs of one node."""
-    rule = FLOPS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]  # ops are hashable
+    rule = FLOPS.get(node.target)
     return rule(node, sizes) if rule else 0
 
 
@@ -193,11 +194,11 @@ def _device(device: Device | str) -> Device:
 
 
 def _linear(node: fx.Node, sizes: Sizes) -> int:
-    return 2 * sizes.numel(node) * sizes.shape(node.args[1])[1]  # type: ignore[arg-type]  # the weight node
+    return 2 * sizes.numel(node) * sizes.shape(args_of(node)[1])[1]
 
 
 def _conv(node: fx.Node, sizes: Sizes) -> int:
-    _, *kernel = sizes.shape(node.args[1])  # type: ignore[arg-type]  # the weight node
+    _, *kernel = sizes.shape(args_of(node)[1])
     per_element = 1
     for size in kernel:
         per_element *= size
@@ -205,25 +206,24 @@ def _conv(node: fx.Node, sizes: Sizes) -> int:
 
 
 def _matmul(node: fx.Node, sizes: Sizes) -> int:
-    return 2 * sizes.numel(node) * sizes.shape(node.args[0])[-1]  # type: ignore[arg-type]  # a node
+    return 2 * sizes.numel(node) * sizes.shape(args_of(node)[0])[-1]
 
 
 def _attention(node: fx.Node, sizes: Sizes) -> int:
-    queries, keys = node.args[0], node.args[1]
-    assert isinstance(keys, (list, tuple)) and isinstance(queries, (list, tuple))
-    batch, heads, _, size = sizes.shape(queries[0])  # type: ignore[arg-type]  # a node
-    count = sum(sizes.shape(q)[2] for q in queries)  # type: ignore[arg-type]  # nodes
-    return 4 * batch * heads * size * count * sum(sizes.shape(k)[2] for k in keys)  # type: ignore[arg-type]  # nodes
+    attention = Attention.of(node)
+    batch, heads, _, size = sizes.shape(attention.q[0])
+    queries, keys = (sum(sizes.shape(x)[2] for x in xs) for xs in (attention.q, attention.k))
+    return 4 * batch * heads * size * queries * keys
 
 
 def _encoder_attention(node: fx.Node, sizes: Sizes) -> int:
-    batch, heads, count, size = sizes.shape(node.args[0])  # type: ignore[arg-type]  # a node
+    batch, heads, count, size = sizes.shape(args_of(node)[0])
     return 4 * batch * heads * size * count * count
 
 
 def _row(node: fx.Node, sizes: Sizes) -> int:
-    batch, heads, rows, size = sizes.shape(node.args[0])  # type: ignore[arg-type]  # a node
-    return 2 * batch * heads * rows * size * sum(sizes.shape(k)[2] for k in node.args[1])  # type: ignore[union-attr,arg-type]  # nodes
+    batch, heads, rows, size = sizes.shape(args_of(node)[0])
+    return 2 * batch * heads * rows * size * sum(sizes.shape(k)[2] for k in args_of(node)[1])
 
 
 FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {

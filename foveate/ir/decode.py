@@ -11,12 +11,14 @@ and its attention (a slice of heads, say) apply to the cached tokens exactly as 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from foveate import ops
+from foveate.ir.attention import Attention
 from foveate.ir.program import NodeInfo, Program, info, layer_kv, outputs
 from foveate.ir.rewriter import Rewriter, map_arg
 
@@ -100,25 +102,22 @@ class _Decode:
         return self._copy(node, memory, lambda n: self._cached(n, memory))
 
     def _attention(self, node: fx.Node) -> fx.Node:
-        q, k, v, q_order, k_order, prefix, layout, scale = node.args
-        new: dict[str, list[Any]] = {"k": [], "v": [], "order": []}
+        old = Attention.of(node)
+        new: dict[str, Any] = {"k": [], "v": [], "k_order": []}
         streams = ""
-        assert isinstance(k, (list, tuple)) and isinstance(v, (list, tuple)) and isinstance(k_order, (list, tuple))
-        for stream, key, value, order in zip(str(layout).partition(":")[2], k, v, k_order, strict=True):
+        for stream, key, value, order in zip(old.keys, old.k, old.v, old.k_order, strict=True):
             memory = self.visual if stream == "v" else self.past
-            new["k"].append(self._cached(key, memory))  # type: ignore[arg-type]  # nodes by the op's schema
-            new["v"].append(self._cached(value, memory))  # type: ignore[arg-type]
-            new["order"].append(self.visual[order] if stream == "v" else self.past_order)  # type: ignore[index]
+            new["k"].append(self._cached(key, memory))
+            new["v"].append(self._cached(value, memory))
+            new["k_order"].append(self.visual[order] if stream == "v" else self.past_order)
             if stream == "t":
-                new["k"].append(self.new[key])  # type: ignore[index]
-                new["v"].append(self.new[value])  # type: ignore[index]
-                new["order"].append(self.text_order)
+                new["k"].append(self.new[key])
+                new["v"].append(self.new[value])
+                new["k_order"].append(self.text_order)
             streams += stream if stream == "v" else "tt"
-        queries, orders, hint = map_arg((q, q_order, prefix), lambda n: self.new[n])
-        return self.edit.call(
-            ops.attention, queries, new["k"], new["v"], orders, new["order"], hint, f"t:{streams}", scale,
-            about=info(node).with_(by="decode"),
-        )
+        q, q_order, prefix = map_arg((old.q, old.q_order, old.prefix), lambda n: self.new[n])
+        step = replace(old, **new, q=q, q_order=q_order, prefix=prefix, layout=f"t:{streams}")
+        return self.edit.call(ops.attention, *step.args, about=info(node).with_(by="decode"))
 
 
 def _visual_orders(graph: fx.Graph) -> dict[str, fx.Node]:
@@ -145,12 +144,11 @@ def _reachable(wanted: list[fx.Node]) -> list[fx.Node]:
 def _text_inputs(node: fx.Node) -> list[fx.Node]:
     if node.target != ops.attention:
         return node.all_input_nodes
-    streams = str(node.args[6]).partition(":")[2]
-    picked: list[fx.Node] = []
-    for place in (1, 2):
-        values = node.args[place]
-        assert isinstance(values, (list, tuple))
-        picked += [x for s, x in zip(streams, values, strict=True) if s == "t" and isinstance(x, fx.Node)]
-    queries, orders = node.args[0], node.args[3]
-    assert isinstance(queries, (list, tuple)) and isinstance(orders, (list, tuple))
-    return [*(x for x in (*queries, *orders) if isinstance(x, fx.Node)), *picked]
+    attention = Attention.of(node)
+    text = [
+        x
+        for values in (attention.k, attention.v)
+        for stream, x in zip(attention.keys, values, strict=True)
+        if stream == "t"
+    ]
+    return [*attention.q, *attention.q_order, *text]

@@ -1,15 +1,19 @@
-"""Arranging attention heads so that every kept part is a slice."""
+"""Attention heads: arranging them so that every kept part is a slice, and dropping the rest for visual tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from foveate.ir.program import NodeInfo
-from foveate.ir.rewriter import Rewriter, shape
+from foveate import ops
+from foveate.errors import PassError
+from foveate.ir.attention import Attention, attentions
+from foveate.ir.program import NodeInfo, Stream, args_of, info, outputs
+from foveate.ir.rewriter import Rewriter, nodes_of, shape
+from foveate.ir.weights import permute, slice_weight, weight_name
 
 aten = torch.ops.aten
 
@@ -83,3 +87,103 @@ def _runs(wanted: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((j, j + 1))
     return runs
+
+
+def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
+    """Rewrite one layer of a split prefill graph so that visual tokens have the plan's heads only.
+
+    Raises PassError where heads are dropped already, or a selection needs a head that would go.
+    """
+    text, *more = attentions(edit.graph, layer, "text")
+    if more or shape(Attention.of(text).q[0])[1] != edit.program.info.heads:
+        raise PassError(f"{edit.by}: layer {layer} already has heads dropped")
+    readers = [u for u in Attention.of(text).k[0].users if u.target == ops.attention_row]
+    if readers and not plan.kept:
+        raise PassError(f"{edit.by}: a selection reads layer {layer}'s attention; keep at least one head there")
+    _order_weights(edit, layer, plan)
+    if plan.kept:
+        _slice_projections(edit, layer, plan)
+        for node in attentions(edit.graph, layer, "visual"):
+            old = Attention.of(node)
+            with edit.before(node):
+                k, v = (_kept_keys(edit, xs, plan, node) for xs in (old.k, old.v))
+            edit.set_args(node, replace(old, k=k, v=v).args)
+        for row in readers:
+            q, keys, *rest = args_of(row)
+            with edit.before(row):
+                q = edit.call(aten.slice.Tensor, q, 1, 0, plan.kept, about=_about(edit, row))
+                keys = _kept_keys(edit, keys, plan, row)
+            edit.set_args(row, (q, keys, *rest))
+    else:
+        _remove_visual(edit, layer)
+    _split_text(edit, text, plan)
+    edit.refresh(layer)
+
+
+def _about(edit: Rewriter, node: fx.Node) -> NodeInfo:
+    return info(node).with_(by=edit.by, origin=(node.name,))
+
+
+def _linears(edit: Rewriter, layer: int, part: str, stream: Stream) -> list[fx.Node]:
+    role = edit.program.info.roles[part]
+    return nodes_of(edit.graph, stream=stream, role=role, layer=layer, op=aten.linear.default)
+
+
+def _order_weights(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
+    size = edit.program.info.head_dim
+    for part, order, dim in (
+        ("q", plan.order, 0),
+        ("k", plan.kv_order, 0),
+        ("v", plan.kv_order, 0),
+        ("o", plan.order, 1),
+    ):
+        if list(order) != sorted(order):
+            name = weight_name(_linears(edit, layer, part, "text")[0])
+            permute(edit.program, name, expand_order(order, size), dim)
+
+
+def _slice_projections(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
+    size = edit.program.info.head_dim
+    for part, heads, dim in (("q", plan.kept, 0), ("k", plan.kv, 0), ("v", plan.kv, 0), ("o", plan.kept, 1)):
+        for linear in _linears(edit, layer, part, "visual"):
+            slice_weight(edit, linear, dim, heads * size)
+            for user in list(linear.users) if dim == 0 else []:
+                if user.target != aten.unflatten.int:
+                    raise PassError(f"{edit.by}: layer {layer}: {user.name} reads all heads of {part} at once")
+                user.args = (*user.args[:2], [heads, size])
+    edit.refresh(layer)
+
+
+def _kept_keys(edit: Rewriter, keys: Sequence[fx.Node], plan: HeadPlan, reader: fx.Node) -> list[fx.Node]:
+    return [heads_for(edit, key, plan.kept_kv, _about(edit, reader)) for key in keys]
+
+
+def _split_text(edit: Rewriter, node: fx.Node, plan: HeadPlan) -> None:
+    """Kept heads see both streams, dropped heads see text alone."""
+    old, about = Attention.of(node), _about(edit, node)
+    (q,) = old.q
+    with edit.before(node):
+        parts = []
+        if plan.kept:
+            query = edit.call(aten.slice.Tensor, q, 1, 0, plan.kept, about=about)
+            k, v = (_kept_keys(edit, xs, plan, node) for xs in (old.k, old.v))
+            parts.append(edit.call(ops.attention, *replace(old, q=[query], k=k, v=v).args, about=about))
+            q = edit.call(aten.slice.Tensor, q, 1, plan.kept, len(plan.order), about=about)
+        blind = old.without_visual()
+        k, v = ([heads_for(edit, x, plan.dropped_kv, about) for x in xs] for xs in (blind.k, blind.v))
+        parts.append(edit.call(ops.attention, *replace(blind, q=[q], k=k, v=v).args, about=about))
+        joined = parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, 2, about=about)
+    edit.replace(node, joined)
+
+
+def _remove_visual(edit: Rewriter, layer: int) -> None:
+    """No head is left: the residual stream passes the attention by, and the layer keeps no visual keys."""
+    for linear in _linears(edit, layer, "o", "visual"):
+        for add in list(linear.users):
+            if add.target != aten.add.Tensor:
+                raise PassError(f"{edit.by}: layer {layer}: {add.name} stands between attention and residual")
+            edit.replace(add, next(x for x in args_of(add)[:2] if x is not linear))
+    result = dict(outputs(edit.graph))
+    entries = list(result["kv"])
+    entries[layer] = [None, None, *entries[layer][2:]]
+    edit.output({**result, "kv": entries})

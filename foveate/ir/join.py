@@ -14,6 +14,7 @@ alone is a slice of the joined value.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from foveate import ops
-from foveate.ir.program import NodeInfo, Program, info, outputs
+from foveate.ir.attention import Attention
+from foveate.ir.program import NodeInfo, Program, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, equal_nodes, map_arg
 from foveate.ir.select import token_inputs
 from foveate.ir.tail import END
@@ -66,7 +68,9 @@ class _Joiner:
             if node.op == "call_function" and self.same[node] is node:
                 self._emit(node)
         if self.whole:
-            kv = [[None, None, *(self._together(v, t) for v, t in zip(e[:2], e[2:], strict=True))] for e in result["kv"]]
+            kv = [
+                [None, None, *(self._together(v, t) for v, t in zip(e[:2], e[2:], strict=True))] for e in result["kv"]
+            ]
             self.edit.output({"out": self._one(result["logits"]), "kv": kv})
         else:
             self.edit.output(map_arg(result, self._one))
@@ -98,11 +102,9 @@ class _Joiner:
         if visual.op == "placeholder":
             return self._alike(visual, text)
         if visual.target == ops.attention:
-            shared = [
-                [map_arg(node.args[i], self.same.__getitem__) for i in (1, 2, 4, 5, 7)] for node in (visual, text)
-            ]
-            (q_visual,), (q_text,) = visual.args[0], text.args[0]  # type: ignore[misc]  # one query stream each
-            return shared[0] == shared[1] and self._alike(q_visual, q_text)
+            a, b = Attention.of(visual), Attention.of(text)
+            shared = [map_arg((x.k, x.v, x.k_order, x.prefix, x.scale), self.same.__getitem__) for x in (a, b)]
+            return shared[0] == shared[1] and self._alike(a.q[0], b.q[0])
         if len(visual.args) != len(text.args) or visual.kwargs != text.kwargs or self.axes.get(visual) is None:
             return False
         return self.axes.get(visual) == self.axes.get(text) and all(
@@ -166,19 +168,22 @@ class _Joiner:
                 self.alone[top] = self._write_one(top)
 
     def _done(self, node: fx.Node) -> bool:
-        return node in self.alone or self.pairs.get(node) in self.joined
+        pair = self.pairs.get(node)
+        return node in self.alone or (pair is not None and pair in self.joined)
 
     def _write_one(self, node: fx.Node) -> fx.Node:
-        import operator
-
         about = info(node)
         if node.target is operator.getitem:
-            return self.edit.item(self._one(node.args[0]), int(node.args[1]), about)  # type: ignore[arg-type]  # a node and a number
-        if takes_last(node, self.axes) and self.pairs.get(node.args[0]) in self.joined:  # type: ignore[call-overload]  # a node
-            # Text stands last in a joined value, so its last token is the joined value's.
-            source = self.joined[self.pairs[node.args[0]]]  # type: ignore[index]  # a node
-            return self.edit.call(node.target, source, *node.args[1:], about=about)
-        return self.edit.call(node.target, *map_arg(node.args, self._one), about=about, **map_arg(node.kwargs, self._one))
+            source, place = args_of(node)
+            return self.edit.item(self._one(source), place, about)
+        if takes_last(node, self.axes):
+            source, *rest = args_of(node)
+            pair = self.pairs.get(source)
+            if pair and pair in self.joined:
+                # Text stands last in a joined value, so its last token is the joined value's.
+                return self.edit.call(node.target, self.joined[pair], *rest, about=about)
+        args, kwargs = map_arg((node.args, node.kwargs), self._one)
+        return self.edit.call(node.target, *args, about=about, **kwargs)
 
     def _write_pair(self, pair: Pair) -> fx.Node:
         visual, text = pair.visual, pair.text
@@ -189,18 +194,15 @@ class _Joiner:
         return self.edit.call(visual.target, *args, about=about, **map_arg(text.kwargs, self._one))
 
     def _write_attention(self, pair: Pair, about: NodeInfo) -> fx.Node:
-        q, k, v, q_order, k_order, prefix, layout, scale = pair.text.args
+        visual, text = Attention.of(pair.visual), Attention.of(pair.text)
         if self.whole:
-            args = [[self._together(*x)] for x in ((pair.visual.args[0][0], q[0]), k, v, k_order)]  # type: ignore[index,misc]  # lists of nodes
-            args.insert(3, args[3])
-            return self.edit.call(ops.attention, *args, -1, "s:s", scale, about=about)
-        queries = [self._one(pair.visual.args[0][0]), self._one(q[0])]  # type: ignore[index]  # lists of nodes
-        orders = [self._one(pair.visual.args[3][0]), self._one(q_order[0])]  # type: ignore[index]
-        keys, values, key_orders, hint = map_arg((k, v, k_order, prefix), self._one)
-        streams = f"vt:{str(layout).partition(':')[2]}"
-        return self.edit.call(
-            ops.attention, queries, keys, values, orders, key_orders, hint, streams, scale, about=about
-        )
+            q, k, v, order = ([self._together(*x)] for x in ((visual.q[0], text.q[0]), text.k, text.v, text.k_order))
+            joint = Attention(q, k, v, order, order, -1, "s:s", text.scale)
+            return self.edit.call(ops.attention, *joint.args, about=about)
+        q, q_order = ([self._one(x[0]) for x in xs] for xs in ((visual.q, text.q), (visual.q_order, text.q_order)))
+        k, v, k_order, prefix = map_arg((text.k, text.v, text.k_order, text.prefix), self._one)
+        both = Attention(q, k, v, q_order, k_order, prefix, f"vt:{text.keys}", text.scale)
+        return self.edit.call(ops.attention, *both.args, about=about)
 
     def _both(self, a: Any, b: Any) -> Any:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
@@ -251,4 +253,3 @@ def _same_size(a: Any, b: Any) -> bool:
     """Whether two symbolic sizes are the same expression (no guard is made)."""
     plain = [s.node.expr if isinstance(s, torch.SymInt) else s for s in (a, b)]
     return bool(plain[0] == plain[1])
-

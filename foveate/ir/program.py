@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -53,7 +53,7 @@ class Symbols:
     """One fake-tensor world for a whole program: named symbolic sizes, and fakes that use them."""
 
     # Unequal hints, none of them 0 or 1, so that no guard can mistake one size for another or for a constant.
-    HINTS: dict[str, int] = {
+    HINTS: ClassVar[dict[str, int]] = {
         "batch": 3,
         "images": 5,
         "visual_tokens": 1031,
@@ -72,7 +72,7 @@ class Symbols:
         """The symbolic size of that name, made on first use (any name: per-layer lengths have their own)."""
         if name not in self.sizes:
             hint = self.HINTS.get(name, 401 + 2 * len(self.sizes))
-            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
             source = torch._dynamo.source.ConstantSource(f"size_{len(self.sizes)}")
             sample = torch.empty(hint, device="meta")
             fake = self.mode.from_tensor(sample, symbolic_context=context, source=source)
@@ -246,6 +246,14 @@ class Program:
         """The graph from both streams to the next token's logits and each layer's keys and values."""
         return self.graphs["prefill"]
 
+    def copy(self) -> Program:
+        """A program that passes can edit while this one stays as it is; the weights themselves are shared."""
+        weights = Weights()
+        for name, value in self.weights.items():
+            weights.put(name, value)
+        graphs = {name: _copy_graph(graph) for name, graph in self.graphs.items()}
+        return Program(self.info, weights, self.symbols, graphs, list(self.passes))
+
     def to_text(self, graph: str | None = None) -> str:
         """The readable, stable form; see `foveate.ir.text`."""
         from foveate.ir.text import program_to_text
@@ -254,6 +262,19 @@ class Program:
 
     def __str__(self) -> str:
         return self.to_text()
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        memory[node] = new.node_copy(node, memory.__getitem__)
+    return new
+
+
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """Arguments of a node; what they are is up to the op, so they are not typed."""
+    return node.args
 
 
 def outputs(graph: fx.Graph) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class Rewriter:
 
     def weight(self, name: str) -> fx.Node:
         """The weight of that name; one node a graph, in front of everything that computes."""
+        node: fx.Node
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:
                 return node
@@ -93,6 +94,7 @@ class Rewriter:
 
     def output(self, value: dict[str, Arg]) -> fx.Node:
         """Set what the graph returns."""
+        node: fx.Node
         for node in self.graph.nodes:
             if node.op == "output":
                 node.args = (value,)
@@ -106,7 +108,8 @@ class Rewriter:
         """The same op on other arguments, with the same reason for being there."""
         old = info(node)
         about = old.with_(stream=stream or old.stream, by=self.by, origin=(node.name,))
-        return self.call(node.target, *args, about=about, **node.kwargs)
+        kwargs: dict[str, Any] = dict(node.kwargs)
+        return self.call(node.target, *args, about=about, **kwargs)
 
     def replace(self, old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool] | None = None) -> None:
         """Every user of `old` (for which `where` holds) uses `new` instead; `old` stays until `sweep`."""

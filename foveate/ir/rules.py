@@ -12,7 +12,9 @@ from torch import Tensor, fx
 
 from foveate import ops
 from foveate.errors import TraceError, VerifyError
+from foveate.ir.attention import Attention
 from foveate.ir.program import NodeInfo, Program, layer_kv, outputs
+from foveate.ir.rewriter import shape
 from foveate.ir.select import token_inputs
 from foveate.ir.text import OPS
 from foveate.ir.tokens import token_axes
@@ -28,9 +30,8 @@ def known_ops(program: Program, name: str, graph: fx.Graph) -> Complaints:
     for node in graph.nodes:
         if node.op in ("call_module", "call_method"):
             yield node, f"a `{node.op}` node; only inputs, weights, ops and one output may stand in a graph"
-        elif node.op == "call_function" and node.target is not operator.getitem:
-            if str(node.target) not in OPS:
-                yield node, f"calls {node.target}, which is not in foveate.ir.text.OPS"
+        elif node.op == "call_function" and node.target is not operator.getitem and str(node.target) not in OPS:
+            yield node, f"calls {node.target}, which is not in foveate.ir.text.OPS"
 
 
 def described(program: Program, name: str, graph: fx.Graph) -> Complaints:
@@ -71,13 +72,14 @@ def attention_fits(program: Program, name: str, graph: fx.Graph) -> Complaints:
     for node in graph.nodes:
         if node.target != ops.attention:
             continue
-        q, k, v, q_order, k_order, _, layout, _ = node.args
-        queries, _, keys = layout.partition(":")
-        if not (len(q) == len(q_order) == len(queries) and len(k) == len(v) == len(k_order) == len(keys)):
-            yield node, f"has {len(q)} query and {len(k)} key streams for the layout {layout!r}"
-        for key in k:
-            if q[0].meta["val"].shape[1] % key.meta["val"].shape[1]:
-                yield node, f"has {q[0].meta['val'].shape[1]} query heads for {key.meta['val'].shape[1]} key heads"
+        a = Attention.of(node)
+        queries = a.layout.partition(":")[0]
+        if not (len(a.q) == len(a.q_order) == len(queries) and len(a.k) == len(a.v) == len(a.k_order) == len(a.keys)):
+            yield node, f"has {len(a.q)} query and {len(a.k)} key streams for the layout {a.layout!r}"
+        for key in a.k:
+            heads, kv_heads = shape(a.q[0])[1], shape(key)[1]
+            if heads % kv_heads:
+                yield node, f"has {heads} query heads for {kv_heads} key heads"
 
 
 def kv_complete(program: Program, name: str, graph: fx.Graph) -> Complaints:

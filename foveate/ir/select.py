@@ -21,6 +21,7 @@ from foveate.ir.tokens import Axes, token_axes
 
 def first_of_layer(graph: fx.Graph, layer: int) -> fx.Node:
     """The first node that computes something for `layer` or a later one."""
+    node: fx.Node
     for node in graph.nodes:
         if node.op == "output" or (node.op == "call_function" and info(node).layer >= layer):
             return node
@@ -29,10 +30,9 @@ def first_of_layer(graph: fx.Graph, layer: int) -> fx.Node:
 
 def visual_order_at(graph: fx.Graph, layer: int) -> fx.Node:
     """The order tensor of the visual tokens that enter `layer`."""
-    earlier = {int(at): node for at, node in outputs(graph)["kept"].items() if int(at) < layer}
-    if earlier:
-        return earlier[max(earlier)]
-    return next(n for n in graph.nodes if n.op == "placeholder" and n.name == "visual_order")
+    orders: dict[int, fx.Node] = {int(at): node for at, node in outputs(graph)["kept"].items() if int(at) < layer}
+    orders[-1] = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "visual_order")
+    return orders[max(orders)]
 
 
 def live_into(graph: fx.Graph, layer: int) -> dict[fx.Node, list[fx.Node]]:

@@ -12,12 +12,14 @@ given the keys of both streams with their order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from foveate import ops
+from foveate.ir.attention import Attention
 from foveate.ir.program import NodeInfo, Program, info
 from foveate.ir.rewriter import Rewriter, map_arg
 from foveate.ir.tokens import takes_last, token_axes
@@ -32,9 +34,9 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
     """The split form of a joint decoder graph; the joint graph is not changed.
 
     What the joint graph computes and no one will read (the last layer's visual output) is still there: `keep_last`
-    sweeps it out. The result takes `visual`, `text`, `visual_position_ids`, `text_position_ids`, `visual_order`, `text_order` and
-    the integer `prefix` (see `foveate.ops.attention`) and returns `{"logits": [B, 1, V], "kv": [[k_visual,
-    v_visual, k_text, v_text] a layer], "kept": {}}`.
+    sweeps it out. The result takes `visual`, `text`, `visual_position_ids`, `text_position_ids`, `visual_order`,
+    `text_order` and the integer `prefix` (see `foveate.ops.attention`) and returns `{"logits": [B, 1, V], "kv":
+    [[k_visual, v_visual, k_text, v_text] a layer], "kept": {}}`.
     """
     axes = token_axes(joint, INPUT_AXES)
     graph = fx.Graph()
@@ -42,9 +44,9 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
     twins: dict[fx.Node, dict[str, fx.Node]] = {}
     prefix: fx.Node | None = None
 
-    def take(node: fx.Node, stream: str) -> fx.Node:
-        found = twins[node]
-        return found[stream] if stream in found else found["text"]
+    def part(stream: str) -> Callable[[fx.Node], fx.Node]:
+        """The given stream's version of a joint value, or its only one."""
+        return lambda node: twins[node].get(stream) or twins[node]["text"]
 
     for node in joint.nodes:
         about = info(node).with_(twin=node.name, by="split")
@@ -59,26 +61,18 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
                 prefix = edit.placeholder("prefix", program.symbols["prefix"], NodeInfo(-1, "prefix"))
             twins[node] = {s: _attention(edit, node, twins, s, prefix) for s in _STREAMS}
         elif axes[node] is None:
-            # No tokens, or the last token only, which is a text token.
+            # The last token is a text token, and so is all that is made from it; the rest has no tokens.
             last = takes_last(node, axes) or any(
-                info(n).stream == "text" and axes[m] is None
-                for m in node.all_input_nodes
-                for n in twins[m].values()
+                axes[n] is None and info(twins[n]["text"]).stream == "text" for n in node.all_input_nodes
             )
-            args = map_arg(node.args, lambda n: take(n, "text"))
-            twins[node] = {"text": edit.call(
-                node.target, *args, about=about.with_(stream="text" if last else "none"), **node.kwargs
-            )}
+            about = about.with_(stream="text" if last else "none")
+            args, kwargs = map_arg((node.args, node.kwargs), part("text"))
+            twins[node] = {"text": edit.call(node.target, *args, about=about, **kwargs)}
         else:
-            twins[node] = {
-                s: edit.call(
-                    node.target,
-                    *map_arg(node.args, lambda n, s=s: take(n, s)),
-                    about=about.with_(stream=s),
-                    **node.kwargs,
-                )
-                for s in _STREAMS
-            }
+            twins[node] = {}
+            for stream in _STREAMS:
+                args, kwargs = map_arg((node.args, node.kwargs), part(stream))
+                twins[node][stream] = edit.call(node.target, *args, about=about.with_(stream=stream), **kwargs)
     return graph
 
 
@@ -96,11 +90,15 @@ def _input(edit: Rewriter, node: fx.Node, stream: str) -> fx.Node:
 def _attention(
     edit: Rewriter, node: fx.Node, twins: dict[fx.Node, dict[str, fx.Node]], stream: Any, prefix: fx.Node
 ) -> fx.Node:
-    (q,), (k,), (v,), (q_order,), (k_order,), _, _, scale = node.args  # type: ignore[misc]  # a joint attention
-    keys, values, key_order = ([twins[x][s] for s in _STREAMS] for x in (k, v, k_order))
-    args = ([twins[q][stream]], keys, values, [twins[q_order][stream]], key_order, prefix)
+    joint = Attention.of(node)
+    keys, values, key_order = ([twins[x][s] for s in _STREAMS] for x in (joint.k[0], joint.v[0], joint.k_order[0]))
+    args = ([twins[joint.q[0]][stream]], keys, values, [twins[joint.q_order[0]][stream]], key_order, prefix)
     return edit.call(
-        ops.attention, *args, f"{stream[0]}:vt", scale, about=info(node).with_(stream=stream, twin=node.name, by="split")
+        ops.attention,
+        *args,
+        f"{stream[0]}:vt",
+        joint.scale,
+        about=info(node).with_(stream=stream, twin=node.name, by="split"),
     )
 
 
@@ -125,6 +123,5 @@ def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:
         return value
 
     return [
-        (n.op, str(n.target), plain(n.args), plain(n.kwargs), *((i.layer, i.role) if (i := info(n)) else ()))
-        for n in computing
+        (n.op, str(n.target), plain(n.args), plain(n.kwargs), info(n).layer, info(n).role) for n in computing
     ]

@@ -11,11 +11,13 @@ tokens. What is saved is one layer's query, output and FFN work for every text t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from foveate import ops
+from foveate.ir.attention import Attention
 from foveate.ir.program import Program, info
 from foveate.ir.rewriter import Rewriter, map_arg, output_nodes
 from foveate.ir.select import token_inputs
@@ -64,13 +66,13 @@ def _reads_query(user: fx.Node, node: fx.Node) -> bool:
     """Whether `user` reads `node` token by token: true of every op but attention, of which only queries are."""
     if user.target != ops.attention:
         return True
-    (q,), keys, values = user.args[:3]  # type: ignore[misc]  # attention in split form has one query stream
-    return node is q and node not in keys and node not in values  # type: ignore[operator]  # lists of nodes
+    attention = Attention.of(user)
+    return node in (*attention.q, *attention.q_order) and node not in (*attention.k, *attention.v, *attention.k_order)
 
 
 def _short_args(node: fx.Node, shortened: Any) -> tuple[Any, ...]:
     if node.target != ops.attention:
         return tuple(map_arg(node.args, shortened))
-    q, keys, values, q_order, *rest = node.args
-    return (map_arg(q, shortened), keys, values, map_arg(q_order, shortened), *rest)
-
+    attention = Attention.of(node)
+    q, q_order = ([shortened(x) for x in xs] for xs in (attention.q, attention.q_order))
+    return replace(attention, q=q, q_order=q_order).args

@@ -44,9 +44,10 @@ _VISION = (
 OPS: dict[str, Any] = {str(op): op for op in (*RULES, *_VISION) if op is not operator.getitem}
 """Every op a graph may call, by its name in the text."""
 
-_DTYPES = {str(d).removeprefix("torch."): d for d in (
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool
-)}
+_DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+}
 
 
 def program_to_text(program: Program, graph: str | None = None) -> str:

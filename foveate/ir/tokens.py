@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from foveate import ops
 from foveate.errors import TraceError
-from foveate.ir.program import info
+from foveate.ir.program import args_of, info
 from foveate.ir.rewriter import shape
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ Axes = dict[fx.Node, int | None]
 """Token axis of each node, counted from the front; None where a value does not depend on tokens."""
 
 
-class _Mixes(Exception):
+class _MixesError(Exception):
     """An op would mix tokens."""
 
 
@@ -49,22 +49,21 @@ def takes_last(node: fx.Node, axes: Axes) -> bool:
     """Whether a node keeps the last token only."""
     if node.target != LAST:
         return False
-    source, dim, start = node.args[0], node.args[1], node.args[2]
-    assert isinstance(source, fx.Node)
-    return axes.get(source) == dim and start == -1
+    source, dim, start, *_ = args_of(node)
+    return axes.get(source) == dim and bool(start == -1)
 
 
 def _axis(node: fx.Node, axes: Axes) -> int | None:
     if all(axes.get(n) is None for n in node.all_input_nodes):
         return None
-    rule = RULES.get(node.target)  # type: ignore[arg-type]  # call_function targets are ops here
+    rule = RULES.get(node.target)
     about = info(node)
     place = f"layer {about.layer}, {about.role}, node {node.name}: {node.target}"
     if rule is None:
         raise TraceError(f"{place} is not known to keep tokens apart")
     try:
         return rule(node, axes)
-    except _Mixes as reason:
+    except _MixesError as reason:
         raise TraceError(f"{place} mixes tokens: {reason}") from None
 
 
@@ -79,119 +78,115 @@ def _elementwise(node: fx.Node, axes: Axes) -> int | None:
     rank = _dims(node)
     places = {rank - _dims(n) + a for n in node.all_input_nodes if (a := axes.get(n)) is not None}
     if len(places) != 1:
-        raise _Mixes("its operands have their tokens on different axes")
+        raise _MixesError("its operands have their tokens on different axes")
     place = places.pop()
     for operand in node.all_input_nodes:
         mirrored = place - (rank - _dims(operand))
         if axes.get(operand) is None and mirrored >= 0 and shape(operand)[mirrored] != 1:
-            raise _Mixes(f"{operand.name} has one value for each place in the sequence")
+            raise _MixesError(f"{operand.name} has one value for each place in the sequence")
     return place
 
 
 def _same(node: fx.Node, axes: Axes) -> int | None:
-    return axes[node.args[0]]  # type: ignore[index]  # first argument is a node in every op of this rule
+    source: fx.Node = args_of(node)[0]
+    return axes[source]
 
 
 def _first(node: fx.Node, axes: Axes) -> tuple[int, int]:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = args_of(node)[0]
     axis = axes.get(source)
     if axis is None:
-        raise _Mixes("its second operand has tokens and its first has none")
+        raise _MixesError("its second operand has tokens and its first has none")
     return axis, _dims(source)
 
 
 def _linear(node: fx.Node, axes: Axes) -> int | None:
     axis, rank = _first(node, axes)
     if axis == rank - 1:
-        raise _Mixes("it contracts the token axis")
+        raise _MixesError("it contracts the token axis")
     return axis
 
 
 def _unflatten(node: fx.Node, axes: Axes) -> int | None:
     axis, rank = _first(node, axes)
-    dim = int(node.args[1]) % rank  # type: ignore[arg-type]  # an int by the op's schema
+    dim = args_of(node)[1] % rank
     if dim == axis:
-        raise _Mixes("it splits the token axis")
+        raise _MixesError("it splits the token axis")
     return axis if axis < dim else axis + _dims(node) - rank
 
 
 def _flatten(node: fx.Node, axes: Axes) -> int | None:
     axis, rank = _first(node, axes)
-    start, stop = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]  # ints by the op's schema
+    start, stop = (d % rank for d in args_of(node)[1:3])
     if start <= axis <= stop:
-        raise _Mixes("it folds the token axis into another")
+        raise _MixesError("it folds the token axis into another")
     return axis if axis < start else axis - (stop - start)
 
 
 def _transpose(node: fx.Node, axes: Axes) -> int | None:
     axis, rank = _first(node, axes)
-    a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]  # ints by the op's schema
-    return {a: b, b: a}.get(axis, axis)
+    a, b = (d % rank for d in args_of(node)[1:3])
+    return int({a: b, b: a}.get(axis, axis))
 
 
 def _unsqueeze(node: fx.Node, axes: Axes) -> int | None:
     axis, rank = _first(node, axes)
-    dim = int(node.args[1]) % (rank + 1)  # type: ignore[arg-type]  # an int by the op's schema
+    dim = args_of(node)[1] % (rank + 1)
     return axis + 1 if dim <= axis else axis
 
 
 def _slice(node: fx.Node, axes: Axes) -> int | None:
     axis, rank = _first(node, axes)
-    if int(node.args[1]) % rank == axis:  # type: ignore[call-overload]  # an int by the op's schema
+    if args_of(node)[1] % rank == axis:
         if takes_last(node, axes):
             return None
-        raise _Mixes("it slices the token axis")
+        raise _MixesError("it slices the token axis")
     return axis
 
 
 def _over(node: fx.Node, axes: Axes, dims: Any) -> int | None:
     axis, rank = _first(node, axes)
-    if axis in {int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}:
-        raise _Mixes("it reduces over the token axis")
+    if axis in {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}:
+        raise _MixesError("it reduces over the token axis")
     return axis
 
 
 def _reduce(node: fx.Node, axes: Axes) -> int | None:
-    axis = _over(node, axes, node.args[1])
-    if axis is not None and not (len(node.args) > 2 and node.args[2]):
-        rank = _dims(node.args[0])  # type: ignore[arg-type]  # a node, checked by _over
-        dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-        axis -= sum(int(d) % rank < axis for d in dims)  # type: ignore[arg-type]  # ints by the op's schema
+    source, dims, *rest = args_of(node)
+    axis = _over(node, axes, dims)
+    if axis is not None and not (rest and rest[0]):
+        axis -= sum(d % _dims(source) < axis for d in dims)
     return axis
 
 
 def _softmax(node: fx.Node, axes: Axes) -> int | None:
-    return _over(node, axes, node.args[1])
+    return _over(node, axes, args_of(node)[1])
 
 
 def _norm(node: fx.Node, axes: Axes) -> int | None:
     _, rank = _first(node, axes)
-    shape_ = node.args[1]
-    assert isinstance(shape_, (list, tuple))
-    return _over(node, axes, list(range(rank - len(shape_), rank)))
+    normalized = args_of(node)[1]
+    return _over(node, axes, list(range(rank - len(normalized), rank)))
 
 
 def _cat(node: fx.Node, axes: Axes) -> int | None:
-    parts = node.args[0]
-    assert isinstance(parts, (list, tuple))
-    found = {axes.get(p) for p in parts}  # type: ignore[arg-type]  # nodes by the op's schema
-    dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]  # an int by the op's schema
+    parts, *rest = args_of(node)
+    found = {axes.get(p) for p in parts}
+    dim = rest[0] if rest else 0
     axis = next(iter(found))
     if len(found) != 1 or axis is None or dim % _dims(node) == axis:
-        raise _Mixes("it joins values along or across the token axis")
+        raise _MixesError("it joins values along or across the token axis")
     return axis
 
 
 def _matmul(node: fx.Node, axes: Axes) -> int | None:
-    left, right = node.args[:2]
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    left, right = args_of(node)
     a, b, rank = axes.get(left), axes.get(right), _dims(node)
     if a is not None and b is None and a == _dims(left) - 2:
         return rank - 2
     if a is None and b is not None and b == _dims(right) - 1:
         return rank - 1
-    raise _Mixes("it contracts the token axis or multiplies tokens by tokens")
+    raise _MixesError("it contracts the token axis or multiplies tokens by tokens")
 
 
 def _attention(node: fx.Node, axes: Axes) -> int | None:
@@ -209,7 +204,7 @@ def _selection(node: fx.Node, axes: Axes) -> int | None:
 def _take(node: fx.Node, axes: Axes) -> int | None:
     axis, _ = _first(node, axes)
     if axis != node.args[2]:
-        raise _Mixes("it gathers along another axis")
+        raise _MixesError("it gathers along another axis")
     return axis
 
 

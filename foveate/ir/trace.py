@@ -61,7 +61,8 @@ def captured_attention(model: Any) -> Iterator[None]:
         for key, config in configs.items():
             stack.callback(setattr, config, "_attn_implementation", before[key])
             config._attn_implementation = _TRACE_NAME
-        stack.callback(lambda: [setattr(m, "training", was) for m, was in training.items()])
+        for module, was in training.items():
+            stack.callback(setattr, module, "training", was)
         model.eval()
         yield
 
@@ -193,7 +194,11 @@ def _canonical(edit: Rewriter, node: fx.Node, args: Any, kwargs: Any, about: Nod
         return args[0] if same else edit.call(aten.to.dtype, args[0], dtype, about=about)
     if not isinstance(op, torch._ops.OpOverload):
         if op is getattr or callable(op):
-            return op(*args, **kwargs) if not any(isinstance(a, fx.Node) for a in args) else _getitem(edit, node, args, about)
+            return (
+                op(*args, **kwargs)
+                if not any(isinstance(a, fx.Node) for a in args)
+                else _getitem(edit, node, args, about)
+            )
         raise TraceError(f"{node.name}: cannot import {op}")
     result = edit.call(op, *args, about=about, **kwargs)
     noop = op in (aten.slice.Tensor, aten.expand.default) and shape(result) == shape(args[0])

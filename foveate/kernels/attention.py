@@ -50,7 +50,8 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     """`foveate::attention_row`; shapes as in `foveate.ops`."""
-    return _rows(q, k, q_order, k_order, scale)[..., : k[0].shape[2]]
+    # Ops return what their fakes promise: contiguous values.
+    return _rows(q, k, q_order, k_order, scale)[..., : k[0].shape[2]].contiguous()
 
 
 def _rows(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
@@ -74,9 +75,7 @@ def _grouped(rows: Tensor, v: Tensor) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, q_order: Tensor, k_order: Tensor, scale: float) -> Tensor:
@@ -102,15 +101,16 @@ def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.cat(outs, 2) if outs else torch.empty_like(q)
 
 
-def _in_sequence(visual: Tensor, text: Tensor, prefix: int) -> Tensor:
-    """Both streams [B, H, n, e] in the order of the prompt."""
+def _in_sequence(streams: list[Tensor], prefix: int) -> Tensor:
+    """Visual and text stream [B, H, n, e] in the order of the prompt."""
+    visual, text = streams
     return torch.cat([text[:, :, :prefix], visual, text[:, :, prefix:]], 2)
 
 
 def _whole(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale: float) -> Tensor:
     """vt:vt, a whole layer: one causal call in sequence order."""
-    joined = (_in_sequence(*x, prefix) for x in (q, k, v))
-    out = _sdpa(*joined, scale, causal=True).transpose(1, 2)
+    queries, keys, values = (_in_sequence(x, prefix) for x in (q, k, v))
+    out = _sdpa(queries, keys, values, scale, causal=True).transpose(1, 2)
     end = prefix + q[0].shape[2]
     return torch.cat([out[:, prefix:end], out[:, :prefix], out[:, end:]], 1)
 
@@ -132,7 +132,8 @@ def _text(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale:
     Fewer queries than text keys are the last ones of the prompt.
     """
     before = max(0, prefix - (k[1].shape[2] - q[0].shape[2]))
-    outs = [_lower_right(q[0][:, :, before:], *(_in_sequence(*x, prefix) for x in (k, v)), scale)]
+    keys, values = (_in_sequence(x, prefix) for x in (k, v))
+    outs = [_lower_right(q[0][:, :, before:], keys, values, scale)]
     if before:
         outs.insert(0, _lower_right(q[0][:, :, :before], k[1][:, :, :prefix], v[1][:, :, :prefix], scale))
     return torch.cat(outs, 2).transpose(1, 2).contiguous()

@@ -29,7 +29,7 @@ def attention(
     """`foveate::attention` from the orders alone; `prefix` and `layout` are not looked at."""
     rows = probabilities(torch.cat(q, 2), torch.cat(k, 2), torch.cat(q_order, 1), torch.cat(k_order, 1), scale)
     values = torch.cat(v, 2).double().repeat_interleave(q[0].shape[1] // v[0].shape[1], dim=1)
-    return (rows @ values).transpose(1, 2).to(q[0].dtype)
+    return (rows @ values).transpose(1, 2).to(q[0].dtype).contiguous()
 
 
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -41,7 +41,7 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     """`foveate::attention_row` from the whole softmax."""
     rows = probabilities(q, torch.cat(k, 2), q_order, torch.cat(k_order, 1), scale)
-    return rows[..., : k[0].shape[2]].float()
+    return rows[..., : k[0].shape[2]].float().contiguous()
 
 
 def top_tokens(scores: Tensor, order: Tensor, keep: float) -> tuple[Tensor, Tensor]:

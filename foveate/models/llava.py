@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -75,8 +74,10 @@ def describe(model: Any) -> ModelInfo:
             f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}: use 'default'"
         )
     if config.vision_feature_select_strategy == "full":
-        raise UnsupportedModelError("vision_feature_select_strategy 'full' keeps the CLS token, which has no place in"
-                                    " the grid of visual tokens; use 'default'")
+        raise UnsupportedModelError(
+            "vision_feature_select_strategy 'full' keeps the CLS token, which has no place in"
+            " the grid of visual tokens; use 'default'"
+        )
     side = vision.image_size // vision.patch_size
     return ModelInfo(
         family="llava",
@@ -107,4 +108,4 @@ def tower_layers(model: Any) -> int:
     layers = model.config.vision_feature_layer
     count = model.config.vision_config.num_hidden_layers
     deepest = max(i % (count + 1) for i in ([layers] if isinstance(layers, int) else layers))
-    return math.ceil(deepest)
+    return int(deepest)

@@ -76,9 +76,7 @@ def trace_joint(model: Any) -> tuple[Any, Program]:
         "hidden": symbolic("batch", "sequence", about.hidden_size, dtype=dtype, device=device),
         "position_ids": symbolic("batch", "sequence", dtype=torch.int64, device=device),
     }
-    joint = import_graph(
-        program, decoder, inputs, about.layers, lambda n: first[n.removeprefix("model.")], causal=True
-    )
+    joint = import_graph(program, decoder, inputs, about.layers, lambda n: first[n.removeprefix("model.")], causal=True)
     return joint, program
 
 

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from foveate import ops
 from foveate.errors import PassError
+from foveate.ir.attention import attentions, looks_at_visual
 from foveate.ir.program import PassRecord, Program, info
 from foveate.ir.rewriter import Rewriter
 
 
-class Skipped(Exception):
+class Skipped(Exception):  # noqa: N818  not an error: the pass says that it has nothing to do
     """Raised by a pass that has nothing to change; the reason goes into the report and a warning."""
 
 
@@ -87,21 +87,6 @@ def whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def text_attention(graph: fx.Graph, layer: int) -> list[fx.Node]:
-    """Attention of the text stream in `layer` that looks at visual keys."""
-    return [
-        n
-        for n in graph.nodes
-        if n.target == ops.attention and info(n).layer == layer and info(n).stream == "text" and "v" in keys_of(n)
-    ]
-
-
-def keys_of(node: fx.Node) -> str:
-    """Key streams of an attention node, such as `vt`."""
-    return str(node.args[6]).partition(":")[2]
-
-
 def first_blind_layer(graph: fx.Graph) -> int:
     """The first layer from which on nothing looks at visual tokens any more."""
-    seeing = [info(n).layer for n in graph.nodes if n.target == ops.attention and "v" in keys_of(n)]
-    return max(seeing) + 1 if seeing else 0
+    return max((info(n).layer + 1 for n in attentions(graph) if looks_at_visual(n)), default=0)

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from foveate import ops
 from foveate.errors import PassError
+from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import info, outputs
 from foveate.ir.rewriter import Rewriter
-from foveate.passes.base import Pass, Skipped, first_blind_layer, keys_of, whole
+from foveate.passes.base import Pass, Skipped, first_blind_layer, whole
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,19 @@ class CutVisual(Pass):
         self.require_layer(edit.program, "from_layer", end=1)
         already = first_blind_layer(graph)
         if self.from_layer >= already:
-            raise Skipped(f"no layer from {self.from_layer} on sees visual tokens (the model has {layers} layers, "
-                          f"the first blind one is {already})")
+            raise Skipped(
+                f"no layer from {self.from_layer} on sees visual tokens (the model has {layers} layers, "
+                f"the first blind one is {already})"
+            )
         late = [int(layer) for layer in outputs(graph)["kept"] if int(layer) >= self.from_layer]
         if late:
             raise PassError(
                 f"{self.name}: visual tokens are selected before layer {late[0]}, which would have none left after a "
                 f"cut at {self.from_layer}; select before the cut or cut later"
             )
-        for node in [n for n in graph.nodes if n.target == ops.attention and info(n).layer >= self.from_layer]:
-            if info(node).stream == "text" and "v" in keys_of(node):
-                q, k, v, q_order, k_order, prefix, layout, scale = node.args
-                place = keys_of(node).index("v")
-                k, v, k_order = ([x for i, x in enumerate(xs) if i != place] for xs in (k, v, k_order))  # type: ignore[union-attr,arg-type]  # lists by the op's schema
-                edit.set_args(node, (q, k, v, q_order, k_order, prefix, str(layout).replace("v", ""), scale))
+        for node in attentions(graph, stream="text"):
+            if info(node).layer >= self.from_layer and looks_at_visual(node):
+                edit.set_args(node, Attention.of(node).without_visual().args)
         result = dict(outputs(graph))
         result["kv"] = [
             entry if layer < self.from_layer else [None, None, *entry[2:]] for layer, entry in enumerate(result["kv"])

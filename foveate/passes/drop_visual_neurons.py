@@ -52,7 +52,9 @@ class DropVisualNeurons(Pass):
         self.require_layer(edit.program, "from_layer")
         kept = math.floor(self.keep * model.intermediate_size)
         if kept == 0:
-            raise PassError(f"{self.name}: keep={self.keep} of {model.intermediate_size} neurons is none; keep at least 1")
+            raise PassError(
+                f"{self.name}: keep={self.keep} of {model.intermediate_size} neurons is none; keep at least 1"
+            )
         if kept == model.intermediate_size:
             raise Skipped("every neuron is kept")
         done = [layer for layer in range(self.from_layer, model.layers) if self._layer(edit, layer, kept)]

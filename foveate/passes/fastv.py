@@ -18,11 +18,12 @@ import torch
 
 from foveate import ops
 from foveate.errors import PassError
+from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import NodeInfo, outputs
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.select import first_of_layer, keep_tokens, live_into
 from foveate.ir.tail import END
-from foveate.passes.base import Pass, Skipped, first_blind_layer, number, text_attention, whole
+from foveate.passes.base import Pass, Skipped, first_blind_layer, number, whole
 
 aten = torch.ops.aten
 
@@ -49,17 +50,19 @@ class FastV(Pass):
         graph = edit.graph
         self.require_layer(edit.program, "layer", first=1)
         check_selection(self.name, edit, self.layer, self.keep)
-        rows = text_attention(graph, self.layer - 1)
+        rows = [n for n in attentions(graph, self.layer - 1, "text") if looks_at_visual(n)]
         if not rows:
-            raise PassError(f"{self.name}: no head of layer {self.layer - 1} looks at visual tokens, so there is no score")
-        (q,), k, _, (q_order,), k_order, _, _, scale = rows[0].args  # type: ignore[misc]  # split-form attention
+            raise PassError(
+                f"{self.name}: no head of layer {self.layer - 1} looks at visual tokens, so there is no score"
+            )
+        scored = Attention.of(rows[0])
         live = live_into(graph, self.layer)
         about = NodeInfo(self.layer, "select", "visual", self.name)
         with edit.before(first_of_layer(graph, self.layer)):
             last = about.with_(stream="text")
-            query = edit.call(aten.slice.Tensor, q, 2, -1, END, about=last)
-            order = edit.call(aten.slice.Tensor, q_order, 1, -1, END, about=last)
-            row = edit.call(ops.attention_row, query, k, order, k_order, scale, about=about)
+            query = edit.call(aten.slice.Tensor, scored.q[0], 2, -1, END, about=last)
+            order = edit.call(aten.slice.Tensor, scored.q_order[0], 1, -1, END, about=last)
+            row = edit.call(ops.attention_row, query, scored.k, order, scored.k_order, scored.scale, about=about)
             # A sum ranks as the mean over all heads does; heads that do not see the image add nothing.
             scores = edit.call(aten.sum.dim_IntList, row, [1, 2], about=about)
         keep_tokens(edit, self.layer, scores, float(self.keep), live)
@@ -70,8 +73,10 @@ def check_selection(name: str, edit: Rewriter, layer: int, keep: float) -> None:
     """Raise PassError or Skipped where a selection before `layer` makes no sense."""
     blind = first_blind_layer(edit.graph)
     if layer >= blind:
-        raise PassError(f"{name}: the visual branch is cut at layer {blind}; tokens can be selected before it, not before "
-                        f"layer {layer}")
+        raise PassError(
+            f"{name}: the visual branch is cut at layer {blind}; tokens can be selected before it, not before "
+            f"layer {layer}"
+        )
     if str(layer) in outputs(edit.graph)["kept"]:
         raise PassError(f"{name}: tokens are already selected before layer {layer}; give another layer")
     if keep == 1:

@@ -12,15 +12,23 @@ from foveate.ir.weights import weight_name
 def weight_norm_scores(program: Program) -> list[list[float]]:
     """[layers][heads]: Frobenius norm of each head's output projection times its value projection.
 
-    ||W_o W_v||^2 = sum((W_o^T W_o) * (W_v W_v^T)), two products as small as the head. On the meta device every score is 0.
+    ||W_o W_v||^2 = sum((W_o^T W_o) * (W_v W_v^T)), two products as small as the head. On `meta` every score is 0.
     """
     model = program.info
     rows: list[list[float]] = []
     for layer in range(model.layers):
         weights = {
-            part: program.weights.get(weight_name(nodes_of(
-                program.prefill, stream="text", role=model.roles[part], layer=layer, op=torch.ops.aten.linear.default
-            )[0])).detach()
+            part: program.weights.get(
+                weight_name(
+                    nodes_of(
+                        program.prefill,
+                        stream="text",
+                        role=model.roles[part],
+                        layer=layer,
+                        op=torch.ops.aten.linear.default,
+                    )[0]
+                )
+            ).detach()
             for part in "vo"
         }
         if weights["v"].is_meta:

@@ -110,7 +110,8 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
     if unknown:
         raise PassError(f"{name} has no option {unknown[0]!r}; it has: {', '.join(fields)}")
     missing = [
-        f.name for f in fields.values()
+        f.name
+        for f in fields.values()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in options
     ]
     if missing:
@@ -180,7 +181,9 @@ def _options(text: str, name: str, body: str) -> dict[str, Any]:
         try:
             options[field] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise PassError(f"pipeline {text!r}: cannot read the value {value.strip()!r} of {field} in {name}") from None
+            raise PassError(
+                f"pipeline {text!r}: cannot read the value {value.strip()!r} of {field} in {name}"
+            ) from None
         if options[field] is None:
             raise PassError(f"pipeline {text!r}: {field} of {name} has no value")
     return options

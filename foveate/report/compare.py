@@ -13,6 +13,7 @@ from foveate.bench import Inputs, Timing, measure, work
 from foveate.evaluate import Score, Tick, evaluate, silent
 from foveate.ir.cost import Cost, Device
 from foveate.models.digits import Sample
+from foveate.report.figures import ms
 
 DENSE = "dense"
 
@@ -81,6 +82,17 @@ def compare(
         spent = cost(optimized[name].program, **sizes, device=device)
         rows.append(Row(name, passes, optimized[name], spent, times[name], score))
     return rows
+
+
+def losses(rows: Sequence[Row]) -> list[str]:
+    """Where a recipe measured slower than the dense model, which is the first row; one remark for each phase."""
+    remarks = []
+    for phase in ("prefill", "decode"):
+        before, *after = (float(getattr(row.timing, f"{phase}_s")) for row in rows)
+        slow = [f"{row.name} {ms(time)}" for row, time in zip(rows[1:], after, strict=True) if time > before]
+        if slow:
+            remarks.append(f"{phase} of {', '.join(slow)} against {ms(before)} ms")
+    return remarks
 
 
 def batch_inputs(processor: Any, samples: Sequence[Sample]) -> Inputs:

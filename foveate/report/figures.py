@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
+
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def count(value: float) -> str:
     """1234567890 -> 1.23G."""
     for size, letter in _STEPS:
-        if value >= size:
+        if value >= 0.9995 * size:
             return f"{value / size:.3g}{letter}" if value < 999.5 * size else f"{value / size:.0f}{letter}"
     return f"{value:.0f}"
 
@@ -26,6 +28,16 @@ def size(nbytes: float) -> str:
             break
         nbytes /= 1024
     return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.3g} {unit}"
+
+
+def spaced(passes: str) -> str:
+    """A pipeline with a space after each pass, so that it can be broken into lines; it still parses."""
+    return passes.replace("},", "}, ")
+
+
+def folded(text: str, width: int = 80) -> str:
+    """One remark in lines of at most `width`, the later ones indented."""
+    return textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
 
 
 def times(ratio: float) -> str:

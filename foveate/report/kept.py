@@ -22,9 +22,7 @@ def kept_places(model: Any, inputs: Mapping[str, Any]) -> dict[int, list[list[in
     return {layer: [[int(p) for p in row if p != PAD] for row in places] for layer, places in kept.items()}
 
 
-def kept_mask(
-    about: ModelInfo, input_ids: torch.Tensor, places: Sequence[int], image: int = 0
-) -> list[list[bool]]:
+def kept_mask(about: ModelInfo, input_ids: torch.Tensor, places: Sequence[int], image: int = 0) -> list[list[bool]]:
     """Over the grid of one image of one prompt [S]: which of its tokens are in `places`."""
     rows, columns = about.grid
     visual = (input_ids == about.image_token_id).nonzero().flatten().tolist()

@@ -36,9 +36,7 @@ class Report:
             lines.append("no passes: the model does all its work")
         lines.append(f"after all passes: {self._after()}")
         wrapped = [
-            textwrap.fill(
-                line, width, subsequent_indent=_indent(line), break_on_hyphens=False, break_long_words=False
-            )
+            textwrap.fill(line, width, subsequent_indent=_indent(line), break_on_hyphens=False, break_long_words=False)
             for line in lines
         ]
         return "\n".join(wrapped)
@@ -66,9 +64,7 @@ class Report:
         return self.to_text()
 
     def _after(self) -> str:
-        parts = [
-            f"{name} {count(getattr(self.cost, name).flops)}" for name in ("vision", "prefill", "decode")
-        ]
+        parts = [f"{name} {count(getattr(self.cost, name).flops)}" for name in ("vision", "prefill", "decode")]
         return f"FLOPs of {', '.join(parts)} (one token); KV cache {size(self.cost.kv_bytes)}"
 
 
@@ -83,14 +79,14 @@ def _about(record: PassRecord) -> list[str]:
     lines = list(record.notes)
     if record.edits:
         lines.append("edits: " + ", ".join(f"{n} {kind}" for kind, n in record.edits.items()))
-    effects = [_effect(name, record.cost) for name in LABELS if record.cost is not None]
+    cost = record.cost or {}
+    effects = [_effect(name, *cost[name]) for name in LABELS if name in cost]
     if effects:
         lines.append("; ".join(effects))
     return lines
 
 
-def _effect(name: str, cost: dict[str, Any]) -> str:
-    before, after = cost[name]
+def _effect(name: str, before: int, after: int) -> str:
     show = UNITS[name]
     change = f" ({100 * (after - before) / before:+.0f}%)" if before else ""
     if before == after:

@@ -60,9 +60,7 @@ def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
     font = ImageFont.load_default(LETTER)
     lines = [part for line in caption.splitlines() for part in _wrap(line, font, picture.width)]
     step = LETTER + LETTER // 2
-    page = Image.new(
-        "RGB", (picture.width + 2 * MARGIN, picture.height + 3 * MARGIN + step * len(lines)), PAPER
-    )
+    page = Image.new("RGB", (picture.width + 2 * MARGIN, picture.height + 3 * MARGIN + step * len(lines)), PAPER)
     page.paste(picture, (MARGIN, MARGIN))
     draw = ImageDraw.Draw(page)
     for number, line in enumerate(lines):

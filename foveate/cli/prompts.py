@@ -1,0 +1,69 @@
+"""From the words and files of a command line to what a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.cli.errors import UseError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def read_image(name: str) -> Image:
+    """An RGB image from a file; UseError for anything else."""
+    from PIL import Image, ImageOps
+
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UseError(f"there is no file {name}")
+    if path.is_dir():
+        raise UseError(f"{name} is a folder, not an image")
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except PermissionError:
+        raise UseError(f"{name} may not be read: permission denied") from None
+    except Exception:  # Pillow's readers raise many kinds on damaged files
+        raise UseError(f"{name} is not an image that Pillow can read") from None
+
+
+def full_prompt(processor: Any, question: str, images: int) -> str:
+    """The prompt around a question: as it is where it places its images itself, else by the chat template.
+
+    Raises UseError where the number of `<image>` marks is not the number of images.
+    """
+    mark = str(getattr(processor, "image_token", "<image>"))
+    if mark not in question:
+        if getattr(processor, "chat_template", None) is None:
+            raise UseError(f"the processor has no chat template: write the whole prompt, {mark} included")
+        parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        message = {"role": "user", "content": parts}
+        return str(processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
+    marks = question.count(mark)
+    if marks != images:
+        raise UseError(
+            f"the prompt holds {marks} {mark} and {images} image{'s were' if images != 1 else ' was'} given: "
+            f"write one {mark} for each --image"
+        )
+    return question
+
+
+def encode(model: Any, processor: Any, prompt: str, images: Sequence[Image], new_tokens: int) -> dict[str, Any]:
+    """What the model takes, as the processor makes it; UseError for a prompt that is too long."""
+    import torch
+
+    inputs = dict(processor(text=[prompt], images=list(images) or None, return_tensors="pt"))
+    length = inputs["input_ids"].shape[1]
+    longest = model.config.get_text_config().max_position_embeddings
+    if length + new_tokens > longest:
+        raise UseError(
+            f"the prompt is {length} tokens long and may grow by {new_tokens} (--max-new-tokens); "
+            f"this model takes {longest} in all"
+        )
+    taken = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
+    return {
+        n: x.to(model.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in taken.items()
+    }

@@ -1,0 +1,89 @@
+"""`foveate run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from foveate.cli.options import backend_option, json_option
+from foveate.cli.output import talking
+
+
+@click.command("run")
+@click.argument("model", metavar="DIR")
+@click.option("--image", "images", multiple=True, metavar="X.png", help="An image; repeat it for several.")
+@click.option("--prompt", required=True, help='A question; or a whole prompt with "<image>" for each image.')
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Longest answer.")
+@click.option("--passes", "-p", metavar="P", help="Optimize MODEL with these passes first, instead of loading DIR.")
+@backend_option
+@json_option
+def command(
+    model: str,
+    images: tuple[str, ...],
+    prompt: str,
+    max_new_tokens: int,
+    passes: str | None,
+    backend: str,
+    as_json: bool,
+) -> None:
+    """Ask the model saved in DIR a question about one or more images; answers greedily.
+
+    DIR is a folder made by `foveate optimize`, or any MODEL.
+    """
+    from foveate.cli.prompts import encode, full_prompt, read_image
+
+    with talking(as_json) as out:
+        pictures = [read_image(name) for name in images]
+        processor, get_model = _find(model, passes, backend)
+        text = full_prompt(processor, prompt, len(pictures))
+        optimized = get_model()
+        inputs = encode(optimized, processor, text, pictures, max_new_tokens)
+        answer = _generate(optimized, processor, inputs, max_new_tokens)
+        out.line(answer["answer"])
+        for layer, places in (answer["kept"] or {}).items():
+            out.note(f"before layer {layer}: {len(places)} of {answer['visual_tokens']} visual tokens stay")
+        out.finish(
+            {
+                **answer,
+                "prompt": text,
+                "passes": [r.text for r in optimized.program.passes],
+                "backend": backend,
+            }
+        )
+
+
+def _find(model: str, passes: str | None, backend: str) -> tuple[Any, Callable[[], Any]]:
+    """The processor, and what makes the optimized model: prompts are checked before the long work."""
+    from foveate.cli.errors import UseError
+    from foveate.cli.models import is_saved, load_model, load_saved, saved_processor
+    from foveate.passes.pipeline import resolve
+
+    if is_saved(model):
+        if passes is not None:
+            raise UseError(f"{model} was saved by foveate and is optimized already; leave --passes out")
+        return saved_processor(model), lambda: load_saved(model, backend)
+    chosen = resolve(passes)
+    loaded = load_model(model)
+    import foveate
+
+    return loaded.get_processor(), lambda: foveate.optimize(loaded.model, chosen, backend)
+
+
+def _generate(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    import torch
+
+    from foveate.report.kept import kept_places
+
+    with torch.inference_mode():
+        kept = kept_places(model, inputs)
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return {
+        "answer": processor.decode(new, skip_special_tokens=True).strip(),
+        "new_tokens": len(new),
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "visual_tokens": int((inputs["input_ids"] == model.program.info.image_token_id).sum()),
+        "kept": {str(layer): places[0] for layer, places in kept.items()} if kept else None,
+    }

@@ -1,0 +1,112 @@
+"""`check_pass`: the one way in which every pass is tested against the masked oracle."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import foveate
+from foveate.errors import FoveateWarning
+from foveate.ir.program import Program
+from foveate.ir.rules import verify
+from foveate.ir.split import structure
+from foveate.ir.text import parse_graphs
+from foveate.model import OptimizedModel
+from foveate.models.random import random_inputs
+from foveate.ops import PAD
+from foveate.passes import Pass, parse_pipeline, pipeline_text
+from tests.oracle.masked import Masks, Prune, masked_forward, masked_greedy
+
+TOLERANCE = 1e-4
+
+PROMPTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"batch": 2, "prefix": 0},
+    {"batch": 3, "images_per_row": [2, 0, 1], "padding": "left"},
+    {"batch": 3, "padding": "right"},
+    {"batch": 2, "images": 3, "text_tokens": 17},
+    {"batch": 2, "images": 0},
+    {"batch": 1, "text_tokens": 4},
+)
+"""Prompts every pass must get right: ragged, padded on both sides, several images, none."""
+
+
+_TRACED: dict[int, tuple[Any, Program]] = {}
+
+
+def optimize(model: Any, passes: Any) -> OptimizedModel:
+    """`foveate.optimize` on one trace a model, which is most of the time it takes on a tiny one."""
+    if id(model) not in _TRACED:
+        _TRACED[id(model)] = (model, foveate.trace(model))
+    return foveate.optimize(model, passes, traced=_TRACED[id(model)][1])
+
+
+def check_pass(
+    model: Any, passes: Sequence[Pass], masks: Masks, prompts: Sequence[dict[str, Any]] = PROMPTS
+) -> OptimizedModel:
+    """Optimize and hold the result against the HF model run with explicit masks.
+
+    Checks that the pipeline prints and parses, the program verifies and survives its text form, logits equal the
+    oracle's within 1e-4, the kept tokens are the oracle's, decoding equals rerunning the longer prompt with choices
+    held, applying the passes to a fresh trace gives the same graphs, and the model itself is left as it was.
+    """
+    assert parse_pipeline(pipeline_text(passes)) == list(passes)
+    before = _dense(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FoveateWarning)
+        optimized = optimize(model, passes)
+    program = optimized.program
+    verify(program)
+    again = optimize(model, passes).program
+    for name, graph in program.graphs.items():
+        assert structure(graph) == structure(again.graphs[name]), f"{name} differs between two runs"
+        if name != "decode":
+            assert structure(parse_graphs(program, program.to_text(name))[name]) == structure(graph)
+    for number, prompt in enumerate(prompts):
+        _check_prompt(model, optimized, masks, random_inputs(model, seed=number, **prompt), prompt)
+    assert torch.equal(before, _dense(model)), "the model that was passed in has changed"
+    return optimized
+
+
+def _dense(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        logits = model(**random_inputs(model, seed=99)).logits
+    assert isinstance(logits, torch.Tensor)
+    return logits
+
+
+def _check_prompt(model: Any, optimized: OptimizedModel, masks: Masks, inputs: Any, prompt: Any) -> None:
+    with torch.inference_mode():
+        out = optimized(**inputs)
+        masks = _with_given(masks, out, inputs)
+        expected = masked_forward(model, inputs, masks)
+    assert out.logits.shape == (len(inputs["input_ids"]), 1, expected.logits.shape[-1])
+    error = (out.logits[:, 0] - expected.logits).abs().max().item()
+    assert error < TOLERANCE, f"{prompt}: logits differ from the oracle by {error:.1e}"
+    for choice, prune in zip(expected.kept, masks.prunes, strict=True):
+        assert torch.equal(_kept_mask(out.kept[prune.layer], inputs["input_ids"]), choice), prompt
+    if prompt.get("padding") != "right":
+        length = inputs["input_ids"].shape[1]
+        tokens = optimized.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, length:]
+        assert torch.equal(tokens, masked_greedy(model, inputs, masks, 4)), f"{prompt}: decoding is not prefill"
+
+
+def _with_given(masks: Masks, out: Any, inputs: Any) -> Masks:
+    """Random choices are taken from the program; everything else about them is still the oracle's to say."""
+    prunes = []
+    for prune in masks.prunes:
+        given = prune.given
+        if prune.choose == "given" and given is None:
+            given = _kept_mask(out.kept[prune.layer], inputs["input_ids"])
+        prunes.append(Prune(prune.layer, prune.keep, prune.choose, given))
+    return replace(masks, prunes=tuple(prunes))
+
+
+def _kept_mask(order: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(ids.shape[0], ids.shape[1] + 1, dtype=torch.bool)
+    mask.scatter_(1, torch.where(order == PAD, ids.shape[1], order), True)
+    return mask[:, :-1]
