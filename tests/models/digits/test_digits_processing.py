@@ -60,9 +60,7 @@ def test_training_and_evaluation_see_the_same_pixels(processor: LlavaProcessor) 
     torch.testing.assert_close(processed, to_tensor([np.asarray(image)[:, :, 0]]), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "text", ["READ ROW 3 .", "read row 3.", "  Read   row 3\n.", "read row 3 ."], ids=repr
-)
+@pytest.mark.parametrize("text", ["READ ROW 3 .", "read row 3.", "  Read   row 3\n.", "read row 3 ."], ids=repr)
 def test_case_and_spacing_do_not_matter(processor: LlavaProcessor, text: str) -> None:
     assert processor.tokenizer.tokenize(text) == ["read", "row", "3", "."]
 
