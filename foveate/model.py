@@ -150,7 +150,13 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         table = self.weights.get(self.program.info.paths["embed"])
-        return embedding(input_ids.clamp(max=table.shape[0] - 1), table)
+        # The image token may lie outside the table; its row is replaced by a visual embedding.
+        safe = torch.where(input_ids == self.program.info.image_token_id, 0, input_ids)
+        if safe.device.type == "cpu" and safe.numel() and not 0 <= int(safe.min()) <= int(safe.max()) < len(table):
+            raise InputError(
+                f"input_ids holds {int(safe.max())}; the vocabulary has {len(table)} tokens, numbered from 0"
+            )
+        return embedding(safe, table)
 
     # What `generate` asks of a model.
 

@@ -1,0 +1,41 @@
+"""The public names are a contract; this file changes only when the contract does."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import foveate
+import foveate.passes
+
+
+def test_public_names():
+    assert foveate.__all__ == ["OptimizedModel", "__version__", "cost", "load", "optimize", "trace"]
+    assert dir(foveate) == sorted(foveate.__all__)
+    for name in foveate.__all__:
+        assert getattr(foveate, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = foveate.nonsense
+
+
+def test_signatures():
+    assert list(inspect.signature(foveate.optimize).parameters) == ["model", "passes", "backend", "traced"]
+    assert list(inspect.signature(foveate.load).parameters) == ["path", "backend", "device"]
+    assert list(inspect.signature(foveate.trace).parameters) == ["model"]
+
+
+def test_passes_and_their_options():
+    options = {
+        name: {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+        for name, cls in foveate.passes.PASSES.items()
+    }
+    assert options == {
+        "cut-visual": {},
+        "drop-visual-heads": {"keep": None, "mask": None, "from_layer": 2, "scores": "weight-norm"},
+        "drop-visual-neurons": {"keep": 0.5, "select": "prefix", "seed": 0, "from_layer": 0},
+        "fastv": {"layer": 2, "keep": 0.5},
+        "random-prune": {"layer": 2, "keep": 0.5, "seed": 0},
+    }
+    for cls in foveate.passes.PASSES.values():
+        assert cls.__name__ in foveate.passes.__all__
+        assert cls.source and cls.__doc__
