@@ -15,22 +15,24 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from foveate import __version__
 from foveate.errors import ArtifactError, FoveateError
 from foveate.ir.decode import derive_decode
-from foveate.ir.program import ModelInfo, PassRecord, Program, Symbols, Weights
+from foveate.ir.program import PassRecord, Program, Symbols, Weights
 from foveate.ir.rules import verify
 from foveate.ir.text import parse_graphs
 from foveate.model import OptimizedModel
+from foveate.models.registry import FAMILIES
 
 FORMAT = 1
 MANIFEST = "foveate.json"
@@ -48,13 +50,13 @@ def save(model: OptimizedModel, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise ArtifactError(f"{folder} cannot be written: {error.strerror}") from None
+        raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}") from None
     try:
         _write(model, program, work)
         work.chmod(0o755)
         work.rename(folder)
     except OSError as error:
-        raise ArtifactError(f"{folder} cannot be written: {error.strerror}") from None
+        raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -72,9 +74,8 @@ def _write(model: OptimizedModel, program: Program, work: Path) -> None:
     manifest = {
         "format": FORMAT,
         "versions": {"foveate": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "model": {k: v for k, v in dataclasses.asdict(program.info).items() if k != "config"},
         "passes": [dataclasses.asdict(record) for record in program.passes],
-        "parameters": [n for n, v in program.weights.items() if n in used and isinstance(v, nn.Parameter)],
+        "parameters": sorted(n for n, v in program.weights.items() if n in used and isinstance(v, nn.Parameter)),
         "files": {name: _sha256(work / name) for name in FILES},
     }
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -93,24 +94,38 @@ def load(folder: Path, backend: str, device: str) -> OptimizedModel:
     that were written.
     """
     manifest = read_manifest(folder)
-    try:
+    with _reading(folder / "config.json"):
         config = _config(folder)
-        info = ModelInfo(**_model(manifest["model"]), config=config.to_dict())
-        program = Program(info, _weights(folder, manifest["parameters"], device), Symbols())
-        program.passes = [PassRecord(**_record(record)) for record in manifest["passes"]]
+        info = FAMILIES[config.model_type].describe(config)
+    with _reading(folder / "generation_config.json"):
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-        text = (folder / "program.txt").read_text(encoding="utf-8")
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise ArtifactError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-    program.graphs = parse_graphs(program, text)
-    if set(program.graphs) != {"vision", "prefill"}:
-        raise ArtifactError(f"{folder}/program.txt must hold the graphs vision and prefill")
-    try:
+    with _reading(folder / "model.safetensors"):
+        weights = _weights(folder, manifest["parameters"], device)
+        table = weights.get(info.paths["embed"])
+        if table.dim() != 2 or table.shape[1] != info.hidden_size or not table.is_floating_point():
+            raise ValueError(f"the token embedding is {table.dtype} {tuple(table.shape)}")
+    with _reading(folder / MANIFEST):
+        records = [PassRecord(**_record(record)) for record in manifest["passes"]]
+    program = Program(info, weights, Symbols(), passes=records)
+    with _reading(folder / "program.txt"):
+        program.graphs = parse_graphs(program, (folder / "program.txt").read_text(encoding="utf-8"))
+        if set(program.graphs) != {"vision", "prefill"}:
+            raise ValueError("it must hold the graphs vision and prefill")
+        verify(program)
         program.graphs["decode"] = derive_decode(program)
         verify(program)
-    except (FoveateError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{folder}/program.txt is not a valid program: {error}") from None
     return OptimizedModel(program, config, generation, backend)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file is read is that file's fault: one ArtifactError that names it."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, (FoveateError, ValueError)) else f"{type(error).__name__}: "
+        text = str(error).strip().splitlines() or ["no reason given"]
+        raise ArtifactError(f"{path} is damaged: {kind}{text[0]}") from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -118,7 +133,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder")
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         raise ArtifactError(f"{folder} was not saved by foveate: it has no {MANIFEST}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -147,10 +162,6 @@ def _config(folder: Path) -> Any:
     return transformers.CONFIG_MAPPING[kind].from_dict(content)
 
 
-def _model(fields: dict[str, Any]) -> dict[str, Any]:
-    return {**fields, "grid": tuple(fields["grid"]), "image_size": tuple(fields["image_size"])}
-
-
 def _record(fields: dict[str, Any]) -> dict[str, Any]:
     cost = {k: (int(a), int(b)) for k, (a, b) in (fields.get("cost") or {}).items()}
     return {**fields, "notes": tuple(fields["notes"]), "cost": cost or None}
@@ -159,10 +170,15 @@ def _record(fields: dict[str, Any]) -> dict[str, Any]:
 def _weights(folder: Path, parameters: list[str], device: str) -> Weights:
     weights = Weights()
     trainable = set(parameters)
-    for name, value in load_file(folder / "model.safetensors", device=device).items():
+    tensors = load_file(folder / "model.safetensors", device=device)
+    for name in sorted(tensors):
+        # A copy, because safetensors does not align what it reads, and alignment changes the last bits of a matmul.
+        value = tensors.pop(name).clone()
         if not all(part.isidentifier() or part.isdigit() for part in name.split(".")):
             raise ValueError(f"weight name {name!r}")
         weights.put(name, nn.Parameter(value) if name in trainable else value)
+    if not weights.names:
+        raise ValueError("it holds no weights")
     return weights
 
 

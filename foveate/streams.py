@@ -88,8 +88,12 @@ def _check(
         raise InputError(
             f"input_ids has shape {tuple(input_ids.shape)}; give [batch, sequence] with at least one token"
         )
-    for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-        if value is not None and (value.dim() != 2 or value.shape[1] != input_ids.shape[1]):
+    batch, length = input_ids.shape
+    for name, value, allowed in (
+        ("attention_mask", attention_mask, {(batch, length)}),
+        ("position_ids", position_ids, {(batch, length), (1, length)}),
+    ):
+        if value is not None and tuple(value.shape) not in allowed:
             raise InputError(f"{name} has shape {tuple(value.shape)}; input_ids has {tuple(input_ids.shape)}")
     tokens = int((input_ids == info.image_token_id).sum())
     expected = images * info.tokens_per_image

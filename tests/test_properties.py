@@ -5,11 +5,11 @@ import warnings
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.oracle.masked import Masks, Prune
-from tests.passes.check import check_pass
 
 from foveate.models.random import random_llava
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, Pass, RandomPrune
+from tests.oracle.masked import Masks, Prune
+from tests.passes.check import check_pass
 
 FFN = 48
 SHAPES = [(4, 4), (4, 2), (6, 2), (4, 1)]

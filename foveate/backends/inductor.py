@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from foveate.backends.base import Inputs, Runner, input_names
@@ -23,7 +22,9 @@ def lower(program: Program, graph: fx.Graph, name: str) -> Runner:
             result: dict[str, object] = module(*(inputs[n] for n in names))
         except InductorError as error:
             if isinstance(error.inner_exception, InvalidCxxCompiler):
-                raise BackendError("the inductor backend needs a C++ compiler (g++ or clang++) on this machine") from None
+                raise BackendError(
+                    "the inductor backend needs a C++ compiler (g++ or clang++) on this machine"
+                ) from None
             raise
         return result
 

@@ -113,11 +113,13 @@ def cost_of(
     """
     machine = _device(device)
     visual = images * program.info.tokens_per_image if visual_tokens is None else visual_tokens
-    if text_tokens < 1 or batch < 1 or images < 0 or visual < 0:
-        raise InputError("sizes must be: text_tokens and batch 1 or more, images and visual_tokens 0 or more")
+    if text_tokens < 1 or batch < 1 or images < 0 or visual < 0 or (past_tokens or 0) < 0:
+        raise InputError("sizes must be: text_tokens and batch 1 or more, images, visual_tokens, past_tokens 0 or more")
     base = {"batch": batch, "images": batch * images, "visual_tokens": visual, "prefix": 0}
     first = Sizes(program, {**base, "text_tokens": text_tokens})
-    step = Sizes(program, {**base, "text_tokens": 1, "past_tokens": past_tokens or text_tokens})
+    step = Sizes(
+        program, {**base, "text_tokens": 1, "past_tokens": text_tokens if past_tokens is None else past_tokens}
+    )
     prefill = join(program, program.prefill)
     peaks = [peak_bytes(program.graphs["vision"], first), peak_bytes(prefill, first)]
     return Cost(

@@ -5,6 +5,8 @@ A rule looks at one graph and yields (node, complaint). Add a rule by writing a 
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, fx
 from foveate import ops
 from foveate.errors import TraceError, VerifyError
 from foveate.ir.attention import Attention
-from foveate.ir.program import NodeInfo, Program, layer_kv, outputs
+from foveate.ir.program import NodeInfo, Program, args_of, layer_kv, outputs
 from foveate.ir.rewriter import shape
 from foveate.ir.select import token_inputs
 from foveate.ir.text import OPS
@@ -23,10 +25,46 @@ Complaints = Iterator[tuple[fx.Node, str]]
 Rule = Callable[[Program, str, fx.Graph], Complaints]
 
 
+INPUTS = {
+    "vision": r"pixel_values",
+    "prefill": r"visual|text|(visual|text)_(position_ids|order)|prefix",
+    "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+",
+}
+"""What the inputs of each graph may be called."""
+
+OUTPUTS = {"vision": {"out"}, "prefill": {"logits", "kv", "kept"}, "decode": {"logits", "kv"}}
+"""What each graph returns."""
+
+
+def interface(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Graphs take and return what the runtime gives and expects."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and not re.fullmatch(INPUTS[name], str(node.target)):
+            yield node, f"is no input of a {name} graph"
+    end = graph.output_node()
+    result = args_of(end)[0]
+    if not isinstance(result, dict) or set(result) != OUTPUTS[name]:
+        yield end, f"does not return exactly {', '.join(sorted(OUTPUTS[name]))}"
+    elif not isinstance(result.get("out", result.get("logits")), fx.Node):
+        yield end, "does not return a value"
+    elif not isinstance(result.get("kept", {}), dict) or not all(str(k).isdigit() for k in result.get("kept", {})):
+        yield end, "has kept tokens that are not by layer"
+    elif not all(isinstance(e, (list, tuple)) and len(e) == 4 and all(e[2:]) for e in result.get("kv", ())):
+        yield end, "has keys and values that are not four a layer"
+
+
+def made_before_use(program: Program, name: str, graph: fx.Graph) -> Complaints:
+    """Values are made before they are used."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                yield node, f"uses {source.name} before it is made"
+        seen.add(node)
+
+
 def known_ops(program: Program, name: str, graph: fx.Graph) -> Complaints:
     """Graphs call ops of the known set, and take results apart; nothing else."""
-    import operator
-
     for node in graph.nodes:
         if node.op in ("call_module", "call_method"):
             yield node, f"a `{node.op}` node; only inputs, weights, ops and one output may stand in a graph"
@@ -76,7 +114,7 @@ def attention_fits(program: Program, name: str, graph: fx.Graph) -> Complaints:
         queries = a.layout.partition(":")[0]
         if not (len(a.q) == len(a.q_order) == len(queries) and len(a.k) == len(a.v) == len(a.k_order) == len(a.keys)):
             yield node, f"has {len(a.q)} query and {len(a.k)} key streams for the layout {a.layout!r}"
-        for key in a.k:
+        for key in (*a.k, *a.v):
             heads, kv_heads = shape(a.q[0])[1], shape(key)[1]
             if heads % kv_heads:
                 yield node, f"has {heads} query heads for {kv_heads} key heads"
@@ -91,7 +129,9 @@ def kv_complete(program: Program, name: str, graph: fx.Graph) -> Complaints:
         yield graph.output_node(), f"returns {len(entries)} layers of keys and values, not {program.info.layers}"
     for layer in entries:
         for pair in (layer.text, layer.visual):
-            if pair and pair[0].meta["val"].shape != pair[1].meta["val"].shape:
+            if pair and any(x.meta["val"].dim() != 4 for x in pair):
+                yield pair[0], "keys and values are not [batch, heads, tokens, head size]"
+            elif pair and pair[0].meta["val"].shape != pair[1].meta["val"].shape:
                 yield pair[0], f"keys {tuple(pair[0].meta['val'].shape)} and values do not have the same shape"
 
 
@@ -106,14 +146,16 @@ def returns_logits(program: Program, name: str, graph: fx.Graph) -> Complaints:
 
 
 RULES: tuple[Rule, ...] = (
+    interface,
+    made_before_use,
     known_ops,
     described,
     weights_exist,
     nothing_dead,
-    tokens_apart,
-    attention_fits,
     kv_complete,
     returns_logits,
+    attention_fits,
+    tokens_apart,
 )
 
 
@@ -123,7 +165,6 @@ def verify(program: Program) -> None:
     Raises VerifyError naming the graph, the node, the rule and the complaint of the first violation.
     """
     for name, graph in program.graphs.items():
-        graph.lint()
         for rule in RULES:
             for node, complaint in rule(program, name, graph):
                 raise VerifyError(f"{name} graph, node {node.name}: {complaint} (rule {rule.__name__})")

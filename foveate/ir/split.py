@@ -122,6 +122,4 @@ def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:
             return tuple((k, plain(v)) for k, v in value.items())
         return value
 
-    return [
-        (n.op, str(n.target), plain(n.args), plain(n.kwargs), info(n).layer, info(n).role) for n in computing
-    ]
+    return [(n.op, str(n.target), plain(n.args), plain(n.kwargs), info(n).layer, info(n).role) for n in computing]

@@ -15,6 +15,7 @@ lines are parsed with `ast`, ops come from `OPS`, and every shape is computed an
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from typing import Any
@@ -142,13 +143,16 @@ def parse_graphs(program: Program, text: str) -> dict[str, fx.Graph]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             if line.startswith("graph "):
+                name = line.removeprefix("graph ").strip()
+                if name in graphs:
+                    raise ValueError(f"graph {name} stands twice")
                 reader = _Reader(program)
-                graphs[line.removeprefix("graph ").strip()] = reader.edit.graph
+                graphs[name] = reader.edit.graph
             elif line.strip() and not line.startswith("#"):
                 if reader is None:
                     raise ValueError("no graph has been opened")
                 reader.read(line)
-        except (ValueError, KeyError, SyntaxError, TypeError, FoveateError, RecursionError) as error:
+        except Exception as error:  # whatever a hostile line provokes, the line is what is wrong
             raise ArtifactError(f"program text, line {number}: {error}: {line[:80]}") from None
     for name, graph in graphs.items():
         if not any(n.op == "output" for n in graph.nodes):
@@ -161,16 +165,24 @@ class _Reader:
         self.program = program
         self.edit = Rewriter(program, fx.Graph(), by="text")
         self.nodes: dict[str, fx.Node] = {}
+        self.closed = False
 
     def read(self, line: str) -> None:
+        if self.closed:
+            raise ValueError("the graph has returned already")
         if line.startswith("return "):
-            self.edit.output(self.value(ast.parse(line.removeprefix("return "), mode="eval").body))
+            result = self.value(ast.parse(line.removeprefix("return "), mode="eval").body)
+            if not isinstance(result, dict):
+                raise ValueError("a graph returns a dictionary")
+            self.edit.output(result)
+            self.closed = True
             return
         code, _, notes = line.partition(" ; ")
-        statement = ast.parse(code).body[0]
-        if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
-            raise ValueError("not of the form name = op(...)")
-        call, name = statement.value, statement.targets[0].id
+        match ast.parse(code).body:
+            case [ast.Assign(targets=[ast.Name(id=name)], value=call)]:
+                pass
+            case _:
+                raise ValueError("not of the form name = op(...)")
         if not isinstance(call, ast.Call) or name in self.nodes:
             raise ValueError("not a call" if name not in self.nodes else f"{name} is made twice")
         *about_parts, shape = notes.split(" | ")
@@ -185,20 +197,37 @@ class _Reader:
             return self.edit.placeholder(name, self.input_value(call), about)
         args = [self.value(a) for a in call.args]
         if function == "item":
-            return self.edit.item(args[0], int(args[1]), about, name=name)
+            source, place = args
+            if not isinstance(source.meta["val"], tuple):
+                raise ValueError(f"{source.name} is one value, not several")
+            return self.edit.item(source, int(place), about, name=name)
         if function not in OPS:
             raise ValueError(f"{function} is not an op that a program may call")
         kwargs = {str(k.arg): self.value(k.value) for k in call.keywords}
         return self.edit.call(OPS[function], *args, about=about, name=name, **kwargs)
 
     def input_value(self, call: ast.Call) -> Any:
-        kind, *sizes = (a.id if isinstance(a, ast.Name) else self.value(a) for a in call.args)
-        symbols = self.program.symbols
-        if any(isinstance(s, str) and s not in symbols.HINTS for s in sizes):
-            raise ValueError("an input has a size that is neither a number nor a known name")
+        kind, *sizes = (ast.unparse(call.args[0]), *map(self.size, call.args[1:]))
         if kind == "int":
-            return symbols[sizes[0]]
-        return symbols.tensor(*sizes, dtype=_DTYPES[kind], device=self.program.weights.device())
+            if len(sizes) != 1 or isinstance(sizes[0], int | float):
+                raise ValueError("a whole-number input is named after a size")
+            return sizes[0]
+        device = self.program.weights.device()
+        with self.program.symbols.mode:
+            return torch.empty(sizes, dtype=_DTYPES[kind], device=device)
+
+    def size(self, expression: ast.expr) -> Any:
+        """A number, the name of a size, or what a selection makes of one, such as `floor(0.5*visual_tokens)`."""
+        match expression:
+            case ast.Constant(value=int() | float() as number):
+                return number
+            case ast.Name(id=name) if name in self.program.symbols.HINTS:
+                return self.program.symbols[name]
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return self.size(left) * self.size(right)
+            case ast.Call(func=ast.Name(id="floor"), args=[inner]):
+                return math.floor(self.size(inner))
+        raise ValueError(f"{ast.unparse(expression)} is not a size")
 
     def value(self, expression: ast.expr) -> Any:
         """A literal, a value's name, a weight or a dtype; anything else is refused."""

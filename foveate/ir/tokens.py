@@ -49,7 +49,7 @@ def takes_last(node: fx.Node, axes: Axes) -> bool:
     """Whether a node keeps the last token only."""
     if node.target != LAST:
         return False
-    source, dim, start, *_ = args_of(node)
+    source, dim, start = (*args_of(node), 0, None)[:3]
     return axes.get(source) == dim and bool(start == -1)
 
 
@@ -102,8 +102,8 @@ def _first(node: fx.Node, axes: Axes) -> tuple[int, int]:
 
 def _linear(node: fx.Node, axes: Axes) -> int | None:
     axis, rank = _first(node, axes)
-    if axis == rank - 1:
-        raise _MixesError("it contracts the token axis")
+    if axis == rank - 1 or any(axes.get(n) is not None for n in node.all_input_nodes[1:]):
+        raise _MixesError("it contracts the token axis or multiplies tokens by tokens")
     return axis
 
 
@@ -117,7 +117,7 @@ def _unflatten(node: fx.Node, axes: Axes) -> int | None:
 
 def _flatten(node: fx.Node, axes: Axes) -> int | None:
     axis, rank = _first(node, axes)
-    start, stop = (d % rank for d in args_of(node)[1:3])
+    start, stop = (d % rank for d in (*args_of(node)[1:], *(0, -1)[len(node.args) - 1 :])[:2])
     if start <= axis <= stop:
         raise _MixesError("it folds the token axis into another")
     return axis if axis < start else axis - (stop - start)
@@ -153,6 +153,8 @@ def _over(node: fx.Node, axes: Axes, dims: Any) -> int | None:
 
 def _reduce(node: fx.Node, axes: Axes) -> int | None:
     source, dims, *rest = args_of(node)
+    if not dims:
+        raise _MixesError("it reduces over every axis")
     axis = _over(node, axes, dims)
     if axis is not None and not (rest and rest[0]):
         axis -= sum(d % _dims(source) < axis for d in dims)

@@ -58,7 +58,8 @@ def captured_attention(model: Any) -> Iterator[None]:
         for interface, function in ((AttentionInterface, _capture), (AttentionMaskInterface, lambda *a, **k: None)):
             interface.register(_TRACE_NAME, function)
             stack.callback(interface._global_mapping.pop, _TRACE_NAME)
-        for key, config in configs.items():
+        # Setting an outer configuration sets those inside it, so those are restored last (callbacks run backwards).
+        for key, config in reversed(configs.items()):
             stack.callback(setattr, config, "_attn_implementation", before[key])
             config._attn_implementation = _TRACE_NAME
         for module, was in training.items():

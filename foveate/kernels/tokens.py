@@ -13,7 +13,9 @@ def top_tokens(scores: Tensor, order: Tensor, keep: float) -> tuple[Tensor, Tens
     tokens = scores.shape[1]
     slots = math.floor(keep * tokens)
     alive = order != PAD
-    ranked = scores.masked_fill(~alive, -math.inf).argsort(dim=1, descending=True, stable=True)[:, :slots]
+    ranked = scores.argsort(dim=1, descending=True, stable=True)
+    # Padding goes behind every real token, whatever either scores.
+    ranked = ranked.gather(1, (~alive).gather(1, ranked).int().argsort(dim=1, stable=True))[:, :slots]
     # float64, so that each row's count is the same floor that Python computes for the whole stream.
     count = (alive.sum(1, keepdim=True, dtype=torch.float64) * keep).floor()
     spare = torch.arange(slots, device=scores.device) >= count
@@ -39,4 +41,5 @@ def random_scores(order: Tensor, seed: int) -> Tensor:
     x = (place * 0x2C1B3C6D + (seed & mask)) & mask
     for multiplier in (0x45D9F3B, 0x297A2D39, 0x119DE1F3):
         x = ((x >> 15) ^ x) * multiplier & mask
-    return (x.double() / (mask + 1)).float().expand(order.shape[0], -1).contiguous()
+    # 24 bits are what fp32 holds exactly, so the largest score stays below 1.
+    return ((x >> 7).float() / 2**24).expand(order.shape[0], -1).contiguous()

@@ -51,12 +51,11 @@ class Decoder(nn.Module):
         return logits
 
 
-def describe(model: Any) -> ModelInfo:
-    """Sizes and names of a LLaVA.
+def describe(config: Any) -> ModelInfo:
+    """Sizes and names of a LLaVA with this configuration.
 
     Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported.
     """
-    config = model.config
     text, vision = config.text_config, config.vision_config
     if vision.model_type != "clip_vision_model":
         raise UnsupportedModelError(

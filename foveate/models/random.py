@@ -118,10 +118,7 @@ def random_inputs(
     counts = _image_counts(batch, images, images_per_row)
     lengths = _text_lengths(counts, text_tokens, prefix, padding)
     generator = torch.Generator().manual_seed(seed)
-    rows = [
-        _row(model.config, count, length, prefix, generator)
-        for count, length in zip(counts, lengths, strict=True)
-    ]
+    rows = [_row(model.config, count, length, prefix, generator) for count, length in zip(counts, lengths, strict=True)]
     input_ids, attention_mask = _pad(rows, padding)
     device = model.device
     inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
@@ -167,9 +164,7 @@ def _fill(model: LlavaForConditionalGeneration, seed: int) -> None:
     generator = torch.Generator(device=model.device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(
-                parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32
-            )
+            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)
             parameter.copy_(_scaled(name, noise))
         # An image token is never the most likely next token, as in a trained model.
         model.lm_head.weight[model.config.image_token_id] = 0
@@ -212,9 +207,7 @@ def _text_lengths(counts: list[int], text_tokens: int, prefix: int, padding: Pad
     return [text_tokens - row % (text_tokens - minimum + 1) for row, minimum in enumerate(least)]
 
 
-def _row(
-    config: LlavaConfig, images: int, text_tokens: int, prefix: int, generator: torch.Generator
-) -> Tensor:
+def _row(config: LlavaConfig, images: int, text_tokens: int, prefix: int, generator: torch.Generator) -> Tensor:
     """Token ids [text_tokens + images * image_seq_length] of one row."""
     text = torch.randint(FIRST_TEXT_ID, config.image_token_id, (text_tokens,), generator=generator)
     text[0] = BOS_ID

@@ -54,7 +54,7 @@ def trace_program(model: Any) -> Program:
 def trace_joint(model: Any) -> tuple[Any, Program]:
     """The decoder before splitting, and a program that holds the vision graph and the weights."""
     family = family_of(model)
-    about = family.describe(model)
+    about = family.describe(model.config)
     weights = _weights(model)
     program = Program(info=about, weights=weights, symbols=Symbols())
     device, dtype = model.device, model.dtype

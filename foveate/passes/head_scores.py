@@ -12,7 +12,8 @@ from foveate.ir.weights import weight_name
 def weight_norm_scores(program: Program) -> list[list[float]]:
     """[layers][heads]: Frobenius norm of each head's output projection times its value projection.
 
-    ||W_o W_v||^2 = sum((W_o^T W_o) * (W_v W_v^T)), two products as small as the head. On `meta` every score is 0.
+    ||W_o W_v||^2 = sum((W_o^T W_o) * (W_v W_v^T)), two products as small as the head. On `meta` each
+    key head's first query head comes first, then each one's second, and so on.
     """
     model = program.info
     rows: list[list[float]] = []
@@ -32,7 +33,8 @@ def weight_norm_scores(program: Program) -> list[list[float]]:
             for part in "vo"
         }
         if weights["v"].is_meta:
-            rows.append([0.0] * model.heads)
+            # Without weights the heads are spread over the key heads, as real choices tend to be.
+            rows.append([-float(h % (model.heads // model.kv_heads)) for h in range(model.heads)])
             continue
         value = weights["v"].float().unflatten(0, (model.kv_heads, model.head_dim))
         value = value.repeat_interleave(model.heads // model.kv_heads, dim=0)

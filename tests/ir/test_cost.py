@@ -215,8 +215,8 @@ def test_time_is_never_below_the_roofline() -> None:
     [
         ({"text_tokens": 0}, "text_tokens and batch 1 or more"),
         ({"batch": 0}, "text_tokens and batch 1 or more"),
-        ({"visual_tokens": -1}, "visual_tokens 0 or more"),
-        ({"images": -1}, "images and visual_tokens 0 or more"),
+        ({"visual_tokens": -1}, "visual_tokens, past_tokens 0 or more"),
+        ({"images": -1}, "images, visual_tokens, past_tokens 0 or more"),
         ({"past_tokens": -5}, "past_tokens"),
         ({"device": "abacus"}, "device 'abacus' is not known; there are: .*cpu"),
     ],

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from tests.oracle.masked import Masks, Prune
-from tests.passes.check import check_pass, optimize
-from tests.passes.conftest import FFN, HEADS, LAYERS
 
 from foveate.errors import FoveateWarning, PassError
 from foveate.models.random import random_inputs
 from foveate.ops import PAD
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, RandomPrune
+from tests.oracle.masked import Masks, Prune
+from tests.passes.check import check_pass, optimize
+from tests.passes.conftest import FFN, HEADS, LAYERS
 
 
 def heads(*kept_per_layer: set[int]) -> torch.Tensor:
@@ -211,7 +211,7 @@ REFUSED = {
     "fastv{layer=2},fastv{layer=2}": "already selected",
     "fastv{layer=2},random-prune{layer=2}": "already selected",
     "drop-visual-heads{keep=0,from_layer=0},fastv{layer=2}": "cut at layer 0",
-    "drop-visual-heads{mask=[[1,1,1,1],[0,0,0,0],[1,1,1,1],[1,1,1,1]],from_layer=0},fastv{layer=2}": "no head of layer 1",
+    "drop-visual-heads{mask=[[1,1,1,1],[0,0,0,0],[1,1,1,1],[1,1,1,1]],from_layer=0},fastv{layer=2}": "no head of",
     "fastv{layer=2},drop-visual-heads{keep=0,from_layer=1}": "keep at least one head",
     "drop-visual-heads{keep=2},drop-visual-heads{keep=1}": "already has heads dropped",
     "drop-visual-neurons{keep=0.5},drop-visual-neurons{keep=0.25}": "already has part",
