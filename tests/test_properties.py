@@ -40,9 +40,9 @@ def cases(draw):
         fields["cut_from"] = cut
     end = layers if cut is None else cut
     if draw(st.booleans()):
-        mask = torch.tensor(draw(st.lists(
-            st.lists(st.booleans(), min_size=heads, max_size=heads), min_size=layers, max_size=layers
-        )))
+        mask = torch.tensor(
+            draw(st.lists(st.lists(st.booleans(), min_size=heads, max_size=heads), min_size=layers, max_size=layers))
+        )
         mask[:, draw(st.integers(0, heads - 1))] = True  # selections need a head that sees the image
         if not mask[:end].all():
             passes.append(DropVisualHeads(mask=mask, from_layer=0))
@@ -64,14 +64,18 @@ def cases(draw):
     passes = draw(st.permutations(passes))
     passes = [p for p in passes if not isinstance(p, CutVisual)] + [p for p in passes if isinstance(p, CutVisual)]
     masks = Masks(**fields, prunes=tuple(sorted(prunes, key=lambda p: p.layer)))
-    prompt = draw(st.sampled_from([
-        {},
-        {"batch": 2, "images": 2},
-        {"batch": 3, "images_per_row": [1, 0, 2], "padding": "left"},
-        {"batch": 2, "padding": "right", "text_tokens": 9},
-        {"batch": 2, "images": 0},
-        {"prefix": 0, "text_tokens": 3},
-    ]))
+    prompt = draw(
+        st.sampled_from(
+            [
+                {},
+                {"batch": 2, "images": 2},
+                {"batch": 3, "images_per_row": [1, 0, 2], "padding": "left"},
+                {"batch": 2, "padding": "right", "text_tokens": 9},
+                {"batch": 2, "images": 0},
+                {"prefix": 0, "text_tokens": 3},
+            ]
+        )
+    )
     return (layers, heads, kv_heads), passes, masks, prompt
 
 

@@ -119,8 +119,7 @@ def test_cut_hides_the_image_and_later_cuts_show_it(model: Any) -> None:
     inputs = random_inputs(model)
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
     outputs = [
-        [masked_forward(model, i, Masks(cut_from=cut)).logits for i in (inputs, other)]
-        for cut in range(LAYERS + 1)
+        [masked_forward(model, i, Masks(cut_from=cut)).logits for i in (inputs, other)] for cut in range(LAYERS + 1)
     ]
     assert_near(outputs[0][0], outputs[0][1], rtol=0, atol=0)
     assert all((ours - theirs).abs().max() > 1e-2 for ours, theirs in outputs[1:])
@@ -139,8 +138,7 @@ def test_no_neuron_for_visual_tokens_is_no_ffn_on_their_rows(model: Any) -> None
     rows = visual(model, inputs)[:, :, None]
     layers = model.model.language_model.layers
     hooks = [
-        layer.mlp.register_forward_hook(lambda _module, _args, output: output.masked_fill(rows, 0))
-        for layer in layers
+        layer.mlp.register_forward_hook(lambda _module, _args, output: output.masked_fill(rows, 0)) for layer in layers
     ]
     expected = dense(model, inputs)
     for hook in hooks:
