@@ -17,24 +17,31 @@ if TYPE_CHECKING:
     from foveate.report.compare import Row
 
 RECIPES: dict[str, str] = {
-    "cut-visual": "cut-visual{from_layer=7}",
-    "drop-visual-heads": "drop-visual-heads{keep=4}",
-    "drop-visual-neurons": "drop-visual-neurons{keep=0.5}",
-    "fastv": "fastv{layer=3,keep=0.5}",
-    "random-prune": "random-prune{layer=3,keep=0.5}",
-    "all three (YOPO)": "drop-visual-heads{keep=6},drop-visual-neurons{keep=0.75},cut-visual{from_layer=8}",
+    "cut-visual": "cut-visual{from_layer=5}",
+    "half the heads": "drop-visual-heads{keep=4}",
+    "1/4 of the neurons": "drop-visual-neurons{keep=0.25}",
+    "fastv": "fastv{layer=3,keep=0.25}",
+    "random-prune": "random-prune{layer=3,keep=0.25}",
+    "all three (YOPO)": "drop-visual-heads{keep=4},drop-visual-neurons{keep=0.25},cut-visual{from_layer=6}",
 }
-"""Rows of the table; random-prune keeps as many tokens at the same layer as fastv: the two compare."""
+"""Rows of the table; random-prune keeps as many tokens at the same layer as fastv: the two compare.
+
+By benchmarks/results/accuracy-digits.md the visual work of late layers and FFNs is nearly free here, while choosing
+tokens at layer 3 is too early to read rows: fastv then keeps what the last word looks at, the first digit above all.
+"""
 
 REPORTED = "all three (YOPO)"
 PICTURED = "fastv"
 RESULT, PICTURE, REPORT = "foveate-demo.json", "kept-tokens.png", "report.txt"
-SEED = 2026
+SEED = 2034
+"""Whose first image shows many digits and a few cells without one."""
 PROMPTS = 8
 """Prompts of one timed call."""
 
 FULL, QUICK = (150, 9), (24, 3)
 """Questions for the accuracy, and timed rounds."""
+SCORED = {"lookup": "look-up", "row": "rows"}
+"""Tasks of those questions, an equal share each, and their column."""
 
 
 @click.command("demo")
@@ -68,7 +75,8 @@ def command(folder: str, quick: bool, as_json: bool) -> None:
         by_name = {row.name: row for row in rows}
         report = by_name[REPORTED].model.report()
         out.say(f'What the passes of "{REPORTED}" did:', report.to_text(), "")
-        picture, kept = _picture(by_name[PICTURED].model, processor, asked[0]["sample"])
+        shown = next(entry["sample"] for entry in asked if entry["sample"].task == "lookup")
+        picture, kept = _picture(by_name[PICTURED].model, processor, shown)
         result = {
             "answers": [{k: v for k, v in entry.items() if k != "sample"} for entry in asked],
             "table": [row.to_json() for row in rows],
@@ -159,7 +167,8 @@ def _rows(out: Out, model: Any, processor: Any, quick: bool) -> tuple[list[Row],
     # The shape of the decoder's own FFN over all the prompts' tokens.
     device = calibrate(PROMPTS * 160, text.intermediate_size, text.hidden_size, seconds=1.0)
     timed = samples(task="lookup", n=PROMPTS, seed=SEED)
-    asked = samples(task="mixed", n=n, seed=SEED + 1)
+    # No counts: the model does not count, so that they would say nothing about a recipe.
+    asked = [sample for task in SCORED for sample in samples(task=task, n=n // len(SCORED), seed=SEED + 1)]
     rows = compare(model, processor, RECIPES, asked, timed=timed, device=device, repeat=repeat, tick=out.tick)
     _say_rows(out, rows, device.name)
     return rows, dataclasses.asdict(device)
@@ -172,14 +181,14 @@ def _say_rows(out: Out, rows: list[Row], device: str) -> None:
 
     n = len(rows[0].score.right)
     shown = table(
-        f"{PROMPTS} prompts at once, times in ms; accuracy on {n} held-out questions",
+        f"{PROMPTS} prompts at once, times in ms; right answers to {n} held-out questions",
         "model",
         "FLOPs",
         "predicted",
         "prefill",
         "decode",
         "KV cache",
-        "accuracy",
+        *SCORED.values(),
     )
     for row in rows:
         shown.add_row(
@@ -189,7 +198,7 @@ def _say_rows(out: Out, rows: list[Row], device: str) -> None:
             ms(row.timing.prefill_s),
             ms(row.timing.decode_s),
             size(row.cost.kv_bytes),
-            percent(row.score.accuracy),
+            *(percent(row.score.by_task()[task]) for task in SCORED),
         )
     out.say(shown)
     out.say("FLOPs and prefill: vision and decoder of one call. decode: one token. Times are medians, eager.")

@@ -176,11 +176,11 @@ class _Joiner:
         if node.target is operator.getitem:
             source, place = args_of(node)
             return self.edit.item(self._one(source), place, about)
-        if takes_last(node, self.axes):
+        if takes_last(node, self.axes) or node.target == aten.sym_size.int:
             source, *rest = args_of(node)
             pair = self.pairs.get(source)
             if pair and pair in self.joined:
-                # Text stands last in a joined value, so its last token is the joined value's.
+                # Text stands last in a joined value, so its last token is the joined value's; so is the batch size.
                 return self.edit.call(node.target, self.joined[pair], *rest, about=about)
         args, kwargs = map_arg((node.args, node.kwargs), self._one)
         return self.edit.call(node.target, *args, about=about, **kwargs)

@@ -191,6 +191,13 @@ def _matmul(node: fx.Node, axes: Axes) -> int | None:
     raise _MixesError("it contracts the token axis or multiplies tokens by tokens")
 
 
+def _size(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    if args_of(node)[1] % rank == axis:
+        raise _MixesError("it counts the tokens")
+    return None
+
+
 def _attention(node: fx.Node, axes: Axes) -> int | None:
     return 1
 
@@ -235,6 +242,7 @@ RULES: dict[Any, Rule] = {
     aten.layer_norm.default: _norm,
     aten.cat.default: _cat,
     aten.matmul.default: _matmul,
+    aten.sym_size.int: _size,
     ops.attention: _attention,
     ops.attention_row: _scores,
     ops.random_scores: _selection,
