@@ -199,7 +199,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"Prefill FLOPs: of the decoder, over dense, at 144 visual and {result['text_tokens']} text tokens. "
         "Settings were chosen by FLOPs alone, nearest to 75%, 50% and 25%.",
-        "The model does not count (it is right about as often as `1` every time): judge by the other two columns.",
+        "The model does not count (`1` every time would be right as often): judge by the other two columns.",
         "`cut-visual{from_layer=0}` is the model that never sees the image.",
         "",
     ]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 RECIPES: dict[str, str] = {
     "cut-visual": "cut-visual{from_layer=5}",
-    "half the heads": "drop-visual-heads{keep=4}",
-    "1/4 of the neurons": "drop-visual-neurons{keep=0.25}",
+    "1/2 of the heads": "drop-visual-heads{keep=4}",
+    "1/4 of the FFN": "drop-visual-neurons{keep=0.25}",
     "fastv": "fastv{layer=3,keep=0.25}",
     "random-prune": "random-prune{layer=3,keep=0.25}",
     "all three (YOPO)": "drop-visual-heads{keep=4},drop-visual-neurons{keep=0.25},cut-visual{from_layer=6}",

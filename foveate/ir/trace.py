@@ -7,6 +7,8 @@ number of tokens), weights are looked up by name, and each node learns its layer
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -193,14 +195,13 @@ def _canonical(edit: Rewriter, node: fx.Node, args: Any, kwargs: Any, about: Nod
         dtype = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.dtype)), None)
         same = dtype is None or args[0].meta["val"].dtype == dtype
         return args[0] if same else edit.call(aten.to.dtype, args[0], dtype, about=about)
+    if op is operator.getitem:
+        return edit.item(args[0], args[1], about)
     if not isinstance(op, torch._ops.OpOverload):
-        if op is getattr or callable(op):
-            return (
-                op(*args, **kwargs)
-                if not any(isinstance(a, fx.Node) for a in args)
-                else _getitem(edit, node, args, about)
-            )
-        raise TraceError(f"{node.name}: cannot import {op}")
+        raise TraceError(f"layer {about.layer}, {about.role}, node {node.name}: {op} is not an op that can be imported")
+    if op == aten.matmul.default and shape(args[0])[-1] == 1 and shape(args[0])[:-2] == shape(args[1])[:-2]:
+        # An outer product, as some versions write rotary angles, is elementwise and costs no matmul.
+        return edit.call(aten.mul.Tensor, *args, about=about)
     result = edit.call(op, *args, about=about, **kwargs)
     noop = op in (aten.slice.Tensor, aten.expand.default) and shape(result) == shape(args[0])
     if noop:
@@ -209,32 +210,24 @@ def _canonical(edit: Rewriter, node: fx.Node, args: Any, kwargs: Any, about: Nod
     return result
 
 
-def _getitem(edit: Rewriter, node: fx.Node, args: Any, about: NodeInfo) -> Any:
-    import operator
-
-    if node.target is operator.getitem:
-        return edit.item(args[0], args[1], about)
-    raise TraceError(f"{node.name}: arithmetic on sizes ({node.target}) is not supported")
-
-
 def _reshape(edit: Rewriter, node: fx.Node, args: Any, about: NodeInfo) -> fx.Node:
     """A view as `flatten` or `unflatten` of neighbouring axes, so that it holds for any number of tokens."""
     source: fx.Node = args[0]
-    old = list(shape(source))
-    new = list(node.meta["val"].shape)
-    if len(old) == len(new):
+    recorded: Any = node.args[0]
+    # Both shapes as the recording has them, so that symbolic sizes can be compared by name.
+    old, new = ([_plain_size(s) for s in n.meta["val"].shape] for n in (recorded, node))
+    at = min(len(old), len(new)) - 1
+    if old == new:
         return source
-    # Sizes before the split point agree in number, not in name (the recording has its own symbols).
-    if len(new) > len(old):
-        at = len(old) - 1
-        sizes = new[at:]
-        if len(sizes) == len(new) - at and all(isinstance(s, int) for s in sizes) and isinstance(old[at], int):
-            return edit.call(aten.unflatten.int, source, at, [int(s) for s in sizes], about=about)
-    else:
-        at = len(new) - 1
-        tail = old[at:]
-        if all(isinstance(s, int) for s in tail):
+    if old[:at] == new[:at] and all(isinstance(s, int) for s in (*old[at:], *new[at:])):
+        if len(new) > len(old) and old[at] == math.prod(new[at:]):
+            return edit.call(aten.unflatten.int, source, at, new[at:], about=about)
+        if len(new) < len(old) and new[at] == math.prod(old[at:]):
             return edit.call(aten.flatten.using_ints, source, at, len(old) - 1, about=about)
     raise TraceError(
         f"layer {about.layer}, {about.role}, node {node.name}: cannot read the reshape {tuple(old)} -> {tuple(new)}"
     )
+
+
+def _plain_size(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
