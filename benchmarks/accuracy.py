@@ -27,8 +27,8 @@ TOLERANCE = 0.06
 """A target this far below a method's least share is out of its reach; cut-visual moves in steps of 0.1."""
 NEAR = 0.03
 """A method whose least share is this near to a row that it already has gets no row for it."""
-LAYER = 3
-"""Where fastv and random-prune choose."""
+LAYERS = (1, 3)
+"""Where fastv and random-prune choose: as early as fastv can, which reaches every target, and where it does better."""
 
 FULL = {"lookup": 200, "row": 100, "count": 100}
 QUICK = {"lookup": 8, "row": 4, "count": 4}
@@ -74,8 +74,7 @@ METHODS = (
     Method("drop-visual-heads", "keep={},from_layer=2", tuple(range(1, 8))),
     Method("drop-visual-neurons", "keep={}", PERCENTS),
     Method("drop-visual-neurons", "keep={},select=magnitude", PERCENTS),
-    Method("fastv", f"layer={LAYER},keep={{}}", PERCENTS),
-    Method("random-prune", f"layer={LAYER},keep={{}}", PERCENTS),
+    *(Method(name, f"layer={n},keep={{}}", PERCENTS) for n in LAYERS for name in ("fastv", "random-prune")),
 )
 TWINS = {"random-prune": "fastv"}
 """Methods that take another's values instead of looking for their own, so that the two compare."""
@@ -137,13 +136,13 @@ def choices(model: Any, program: Program, text: int) -> list[Choice]:
     whole = flops("")
     blind = BLIND.passes(0)
     found = [Choice("dense", "", 1.0), Choice(BLIND.name, BLIND.settings.format(0), flops(blind) / whole)]
-    chosen: dict[str, list[Value]] = {}
+    chosen: dict[tuple[str, str], list[Value]] = {}
     for method in METHODS:
         print(f"choosing {method.name} ...", file=sys.stderr, flush=True)
         share = shares(method, lambda passes: flops(passes) / whole)
-        twin = TWINS.get(method.name)
-        values = chosen[twin] if twin else settle(method.values, share)
-        chosen[method.name] = values
+        twin = (TWINS.get(method.name, ""), method.settings)
+        values = chosen[twin] if twin in chosen else settle(method.values, share)
+        chosen[method.name, method.settings] = values
         least = share(method.values[0])
         found += [Choice(method.name, method.settings.format(v), share(v), least, missed) for v, missed in values]
     return found

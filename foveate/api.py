@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from foveate.errors import PassError
 from foveate.ir.cost import Cost, cost_of
 from foveate.ir.program import Program
 from foveate.model import OptimizedModel
@@ -23,14 +24,20 @@ def trace(model: Any) -> Program:
 
 
 def optimize(
-    model: Any, passes: Passes | None = None, backend: str = "eager", traced: Program | None = None
+    model: Any,
+    passes: Passes | None = None,
+    calibration: None = None,
+    backend: str = "eager",
+    traced: Program | None = None,
 ) -> OptimizedModel:
     """A faster model with the same calling convention.
 
     passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager` or
-    `inductor`. traced: what `trace(model)` gave, so that several recipes can be tried on one trace; it is not
+    `inductor`. calibration: no pass takes any yet, so only None is accepted. traced: what `trace(model)` gave, so that several recipes can be tried on one trace; it is not
     changed. The weights are shared with `model`, which is left as it was. Raises FoveateError subclasses.
     """
+    if calibration is not None:
+        raise PassError("no pass takes calibration data yet; leave `calibration` out")
     program = apply_pipeline(trace(model) if traced is None else traced.copy(), passes)
     return OptimizedModel(program, model.config, model.generation_config, backend)
 

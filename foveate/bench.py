@@ -134,9 +134,9 @@ def bench(
     inputs = _inputs(model, text_tokens, batch, new_tokens)
     with thread_count(threads), torch.inference_mode():
         tick("tracing and optimizing", 0, 2)
-        dense = optimize(model, None, backend)
+        dense = optimize(model, backend=backend)
         tick("tracing and optimizing", 1, 2)
-        optimized = optimize(model, chosen, backend)
+        optimized = optimize(model, chosen, backend=backend)
         tick("tracing and optimizing", 2, 2)
         contenders = {"dense": dense, "optimized": optimized, "hf": model}
         with sdpa(model):

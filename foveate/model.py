@@ -52,6 +52,18 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         self._run = lower(program, backend)
         self.eval()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
+        """Moving to another device lowers the graphs again; another dtype is refused before anything changes."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.dtype != self.dtype:
+            raise InputError(
+                f"this model's graphs were made for {self.dtype}; cast the original model to {probe.dtype} and "
+                "optimize that"
+            )
+        super()._apply(fn, recurse)
+        self._run = lower(self.program, self.backend)
+        return self
+
     def report(self) -> Any:
         """What each pass did and what it gained; prints as a table."""
         from foveate.report.passes import report

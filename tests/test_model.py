@@ -51,6 +51,28 @@ def test_without_passes_greedy_tokens_equal_the_hugging_face_model(pair, prompt)
     assert torch.equal(optimized.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
+def test_without_passes_digits_answers_as_the_hugging_face_model_does():
+    from foveate.models import digits
+
+    model, processor = digits.load()
+    optimized = optimize(model)
+    asked = digits.samples(task="mixed", n=4, seed=11)
+    several = "USER: <image>\n<image>\n{} ASSISTANT:"
+    prompts = [
+        ([s.image for s in asked], [s.prompt for s in asked]),
+        ([asked[0].image], [asked[0].prompt]),
+        ([s.image for s in asked[:3]], [several.format(asked[1].question), asked[2].prompt]),
+        (None, ["USER: read row 3 . ASSISTANT:"]),
+    ]
+    for images, text in prompts:
+        inputs = processor(images=images, text=text, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            error = (optimized(**inputs).logits[:, 0] - last_logits(model, inputs)).abs().max()
+        assert error < 1e-4
+        options = {"max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(optimized.generate(**inputs, **options), model.generate(**inputs, **options))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -140,6 +162,21 @@ def test_several_tokens_may_continue_a_cache(pair):
         longer = torch.cat([inputs["input_ids"], more], 1)
         whole = optimized(input_ids=longer, pixel_values=inputs["pixel_values"]).logits
     assert (continued - whole).abs().max() < 1e-4
+
+
+def test_moving_reaches_every_weight_and_buffer_and_casting_is_refused(pair):
+    model, optimized = pair
+    inputs = random_inputs(model)
+    before = optimized(**inputs).logits
+    moved = optimize(model)
+    moved._apply(lambda t: t.clone())
+    assert torch.equal(moved(**inputs).logits, before)
+    frequencies = "model.language_model.rotary_emb.inv_freq"
+    moved.weights.get(frequencies).zero_()
+    assert not torch.allclose(moved(**inputs).logits, before)
+    with pytest.raises(InputError, match="cast the original model to torch.float16"):
+        moved.half()
+    assert moved.dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])

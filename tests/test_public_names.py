@@ -19,7 +19,13 @@ def test_public_names():
 
 
 def test_signatures():
-    assert list(inspect.signature(foveate.optimize).parameters) == ["model", "passes", "backend", "traced"]
+    assert list(inspect.signature(foveate.optimize).parameters) == [
+        "model",
+        "passes",
+        "calibration",
+        "backend",
+        "traced",
+    ]
     assert list(inspect.signature(foveate.load).parameters) == ["path", "backend", "device"]
     assert list(inspect.signature(foveate.trace).parameters) == ["model"]
 

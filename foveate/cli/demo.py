@@ -27,7 +27,7 @@ RECIPES: dict[str, str] = {
 """Rows of the table; random-prune keeps as many tokens at the same layer as fastv: the two compare.
 
 By benchmarks/results/accuracy-digits.md the visual work of late layers and FFNs is nearly free here, while choosing
-tokens at layer 3 is too early to read rows: fastv then keeps what the last word looks at, the first digit above all.
+tokens at layer 3 is too early to read rows: fastv then keeps what the first word of the answer needs, not the others.
 """
 
 REPORTED = "all three (YOPO)"
@@ -54,7 +54,7 @@ SCORED = {"lookup": "look-up", "row": "rows"}
     metavar="DIR",
     help="For the files.",
 )
-@click.option("--quick", is_flag=True, help="Fewer questions and rounds: half a minute, rougher figures.")
+@click.option("--quick", is_flag=True, help="Fewer questions and rounds: under a minute, rougher figures.")
 @json_option
 def command(folder: str, quick: bool, as_json: bool) -> None:
     """The whole story on the bundled model: answers, a table of recipes, a pass report, a picture.

@@ -40,7 +40,7 @@ def command(model: str, passes: str, task: str, n: int, batch: int, seed: int, b
 
         drawn = samples(task=task, n=n, seed=seed)
         out.tick("optimizing", 0, 1)
-        optimized = foveate.optimize(loaded.model, chosen, backend)
+        optimized = foveate.optimize(loaded.model, chosen, backend=backend)
         before = evaluate(loaded.model, processor, drawn, batch=batch, tick=out.tick, label="asking the dense model")
         after = evaluate(optimized, processor, drawn, batch=batch, tick=out.tick, label="asking the optimized model")
         out.say(folded(f"{model}, {spaced(pipeline_text(chosen)) or 'no passes'}"))

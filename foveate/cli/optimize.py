@@ -35,7 +35,7 @@ def command(model: str, passes: str, folder: str, backend: str, as_json: bool, *
             from foveate.cli.errors import UseError
 
             out.tick("optimizing", 1, 3)
-            optimized = foveate.optimize(loaded.model, chosen, backend)
+            optimized = foveate.optimize(loaded.model, chosen, backend=backend)
             out.tick("saving", 2, 3)
             optimized.save_pretrained(part)
             try:

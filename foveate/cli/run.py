@@ -68,7 +68,7 @@ def _find(model: str, passes: str | None, backend: str) -> tuple[Any, Callable[[
     loaded = load_model(model)
     import foveate
 
-    return loaded.get_processor(), lambda: foveate.optimize(loaded.model, chosen, backend)
+    return loaded.get_processor(), lambda: foveate.optimize(loaded.model, chosen, backend=backend)
 
 
 def _generate(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:

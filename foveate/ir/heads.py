@@ -182,7 +182,12 @@ def _remove_visual(edit: Rewriter, layer: int) -> None:
         for add in list(linear.users):
             if add.target != aten.add.Tensor:
                 raise PassError(f"{edit.by}: layer {layer}: {add.name} stands between attention and residual")
-            edit.replace(add, next(x for x in args_of(add)[:2] if x is not linear))
+            residual = next(x for x in args_of(add)[:2] if x is not linear)
+            bias = [b for b in args_of(linear)[2:] if b is not None]
+            with edit.before(add):
+                # What is left of a projection of nothing is its bias.
+                new = edit.call(aten.add.Tensor, residual, bias[0], about=_about(edit, add)) if bias else residual
+            edit.replace(add, new)
     result = dict(outputs(edit.graph))
     entries = list(result["kv"])
     entries[layer] = [None, None, *entries[layer][2:]]

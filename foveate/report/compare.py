@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from foveate.api import cost, optimize
+from foveate.api import cost, optimize, trace
 from foveate.bench import Inputs, Timing, measure, work
 from foveate.evaluate import Score, Tick, evaluate, silent
 from foveate.ir.cost import Cost, Device
@@ -67,9 +67,10 @@ def compare(
     """
     pipelines = {DENSE: "", **recipes}
     optimized: dict[str, Any] = {}
+    program = trace(model)
     for place, (name, passes) in enumerate(pipelines.items()):
         tick("optimizing", place, len(pipelines))
-        optimized[name] = optimize(model, passes)
+        optimized[name] = optimize(model, passes, traced=program)
     tick("optimizing", len(pipelines), len(pipelines))
     inputs = batch_inputs(processor, timed)
     with torch.inference_mode():

@@ -183,6 +183,33 @@ def test_a_selection_before_an_earlier_one_narrows_both(mha):
     check_pass(mha, [FastV(3, 0.5), RandomPrune(1, 0.5)], masks)
 
 
+@pytest.fixture(scope="module")
+def biased():
+    """A decoder with biases in attention and FFN, and a head size of its own."""
+    from transformers import LlavaForConditionalGeneration
+
+    from foveate.models.random import random_llava
+
+    config = random_llava(layers=LAYERS, heads=HEADS, kv_heads=2, ffn=FFN).config
+    config.text_config.attention_bias = config.text_config.mlp_bias = True
+    config.text_config.head_dim = 8
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = LlavaForConditionalGeneration(config).eval()
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if name.endswith("bias") else 2 / parameter.shape[-1] ** 0.5
+            torch.nn.init.normal_(parameter, std=scale) if "norm" not in name else None
+        model.lm_head.weight.data[config.image_token_id] = 0
+    return model
+
+
+def test_biases_and_a_head_size_of_its_own(biased):
+    mask = heads(ALL, {0, 3}, set(), {1, 2})
+    check_pass(biased, [DropVisualHeads(mask=mask, from_layer=0)], Masks(heads=mask))
+    masks = Masks(neurons=neurons(FFN // 2), prunes=(Prune(2, 0.5, "fastv"),))
+    check_pass(biased, [DropVisualNeurons(0.5, select="prefix"), FastV(2, 0.5)], masks)
+
+
 REFUSED = {
     "cut-visual{from_layer=5}": "0 to 4",
     "cut-visual{from_layer=-1}": "0 or more",
