@@ -33,8 +33,9 @@ def optimize(
     """A faster model with the same calling convention.
 
     passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager` or
-    `inductor`. calibration: no pass takes any yet, so only None is accepted. traced: what `trace(model)` gave, so that several recipes can be tried on one trace; it is not
-    changed. The weights are shared with `model`, which is left as it was. Raises FoveateError subclasses.
+    `inductor`. calibration: no pass takes any yet, so only None is accepted. traced: what `trace(model)` gave, so
+    that several recipes can be tried on one trace; it is not changed. The weights are shared with `model`, which is
+    left as it was. Raises FoveateError subclasses.
     """
     if calibration is not None:
         raise PassError("no pass takes calibration data yet; leave `calibration` out")

@@ -74,6 +74,12 @@ class Pass:
 
 def _plain(value: Any) -> str:
     """A value as YAML's flow style reads it back."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        # YAML 1.1 takes 1e-05 for text; it wants a point before the exponent, and a sign behind it.
+        return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else mantissa
     return value if isinstance(value, str) else json.dumps(value)
 
 

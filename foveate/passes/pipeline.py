@@ -184,6 +184,8 @@ def _options(text: str, name: str, body: str) -> dict[str, Any]:
             raise PassError(
                 f"pipeline {text!r}: cannot read the value {value.strip()!r} of {field} in {name}"
             ) from None
+        if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value.strip()):
+            options[field] = float(value)  # YAML 1.1 takes 1e-3 for text; no one else does
         if options[field] is None:
             raise PassError(f"pipeline {text!r}: {field} of {name} has no value")
     return options
