@@ -14,9 +14,7 @@ SEED = st.integers(0, 2**31 - 1)
 PASS = st.one_of(
     st.builds(CutVisual, LAYERS),
     st.builds(DropVisualHeads, keep=st.integers(0, 64), from_layer=LAYERS),
-    st.builds(
-        DropVisualHeads, mask=st.lists(st.lists(st.booleans(), min_size=2, max_size=2), min_size=1, max_size=3)
-    ),
+    st.builds(DropVisualHeads, mask=st.lists(st.lists(st.booleans(), min_size=2, max_size=2), min_size=1, max_size=3)),
     st.builds(
         DropVisualHeads,
         keep=st.integers(0, 2),
