@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ class Skipped(Exception):  # noqa: N818  not an error: the pass says that it has
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """Base of all passes.
 
     A subclass names itself (`name`), says where it comes from (`source`), checks its options in `__post_init__` with
@@ -31,12 +32,12 @@ class Pass:
     name: ClassVar[str]
     source: ClassVar[str]
 
+    @abstractmethod
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """Edit `edit.graph`, a split prefill graph, and yield notes for the reader.
 
         Raises PassError where the pass does not fit the program, Skipped where there is nothing to change.
         """
-        raise NotImplementedError
 
     def apply(self, program: Program) -> PassRecord:
         """Run the pass on a program, in place, and say what it did."""
