@@ -1,4 +1,4 @@
-"""One thread a test process: tiny models are faster so, and results do not depend on the machine's cores."""
+"""One thread for all tests: on a busy machine two wait for each other far longer than tiny models run."""
 
 import os
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
