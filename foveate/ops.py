@@ -7,12 +7,19 @@ which gives causality and padding in one rule and survives any removal or reorde
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 PAD = torch.iinfo(torch.int64).max
 """Order of a token that is only padding: it comes after everything, so no real query sees it."""
+
+FEW_QUERIES = 8
+"""Up to so many queries attention is plain matmuls over all keys."""
+
+BLOCK = 256
+"""Longer attention runs in blocks of so many queries, each of which reads the keys up to its last query."""
 
 LIBRARY = torch.library.Library("foveate", "DEF")
 
@@ -21,6 +28,7 @@ LIBRARY.define(
     " str layout, float scale) -> Tensor"
 )
 LIBRARY.define("encoder_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+LIBRARY.define("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor")
 LIBRARY.define("attention_row(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, float scale) -> Tensor")
 LIBRARY.define("top_tokens(Tensor scores, Tensor order, float keep) -> (Tensor, Tensor)")
 LIBRARY.define("take_tokens(Tensor x, Tensor index, int dim) -> Tensor")
@@ -39,6 +47,12 @@ order, and all visual tokens stand together after the first `prefix` text tokens
 
 encoder_attention = torch.ops.foveate.encoder_attention.default
 """Attention without a mask, as vision towers do it: q, k, v [B, H, n, e] -> [B, n, H, e]."""
+
+varlen_attention = torch.ops.foveate.varlen_attention.default
+"""Attention of a packed sequence, in which a token sees the tokens of its own segment, before and behind it.
+
+q, k, v [1, H, n, e] -> [1, n, H, e]. cu_seqlens int32 or int64 [segments + 1]: 0, the end of the first segment, and
+so on up to n; segments may be empty."""
 
 attention_row = torch.ops.foveate.attention_row.default
 """What a few queries pay to the first key stream: q [B, H, R, e], k list of [B, Hk, m_j, e] -> fp32 [B, H, R, m_0].
@@ -79,6 +93,11 @@ def _encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
+@torch.library.register_fake("foveate::varlen_attention", lib=LIBRARY)
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
 @torch.library.register_fake("foveate::attention_row", lib=LIBRARY)
 def _attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     return q.new_empty(*q.shape[:3], k[0].shape[2], dtype=torch.float32)
@@ -100,3 +119,32 @@ def _take_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
 @torch.library.register_fake("foveate::random_scores", lib=LIBRARY)
 def _random_scores(order: Tensor, seed: int) -> Tensor:
     return order.new_empty(order.shape, dtype=torch.float32)
+
+
+def attention_pairs(queries: Sequence[int], keys: Sequence[int], layout: str, prefix: int) -> tuple[int, int]:
+    """Query-key pairs of one head of a `foveate::attention` call: those its matmuls span, and those it computes.
+
+    queries, keys: tokens of each stream. A causal call spans the whole square and computes half of it.
+    """
+    n, m = sum(queries), sum(keys)
+    if n <= FEW_QUERIES or prefix < 0:
+        return n * m, n * m
+    if layout == "vt:vt":
+        return n * m, n * (n + 1) // 2
+    if layout == "t:t":
+        return _lower_right_pairs(n, m)
+    if layout == "v:vt":
+        return _lower_right_pairs(n, prefix + n)
+    if layout == "t:vt":
+        before = max(0, prefix - (keys[1] - n))
+        parts = _lower_right_pairs(n - before, m), _lower_right_pairs(before, prefix)
+        return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+    return n * m, n * m
+
+
+def _lower_right_pairs(n: int, m: int) -> tuple[int, int]:
+    """Of the last n of m positions, causal: one square call, or blocks that read what their last query sees."""
+    if n == m:
+        return n * n, n * (n + 1) // 2
+    spanned = sum((min(i + BLOCK, n) - i) * (m - n + min(i + BLOCK, n)) for i in range(0, n, BLOCK))
+    return spanned, spanned

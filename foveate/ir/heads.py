@@ -13,7 +13,7 @@ from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions
 from foveate.ir.program import NodeInfo, Stream, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, nodes_of, shape
-from foveate.ir.weights import permute, slice_weight, weight_name
+from foveate.ir.weights import permute, slice_weight
 
 aten = torch.ops.aten
 
@@ -138,8 +138,7 @@ def _order_weights(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
         ("o", plan.order, 1),
     ):
         if list(order) != sorted(order):
-            name = weight_name(_linears(edit, layer, part, "text")[0])
-            permute(edit.program, name, expand_order(order, size), dim)
+            permute(edit.program, _linears(edit, layer, part, "text")[0], expand_order(order, size), dim)
 
 
 def _slice_projections(edit: Rewriter, layer: int, plan: HeadPlan) -> None:

@@ -141,9 +141,9 @@ class _Joiner:
             elif about.twin and about.twin not in done:
                 done.add(about.twin)
                 value: Tensor = node.meta["val"]
-                fake = self.edit.program.symbols.tensor(
-                    "batch", "sequence", *map(int, value.shape[2:]), dtype=value.dtype, device=value.device
-                )
+                sizes: list[Any] = list(value.shape)
+                sizes[self.axes[node] or 0] = "sequence"
+                fake = self.edit.program.symbols.tensor(*sizes, dtype=value.dtype, device=value.device)
                 pair = self.pairs[node]
                 self.joined[pair] = self.edit.placeholder(about.twin, fake, about.with_(stream="joint"))
 

@@ -1,19 +1,19 @@
 """What a traced model is: named FX graphs over one set of weights, and what each node is there for.
 
-Every node carries a `NodeInfo` in `node.meta["foveate"]` and a fake value with symbolic sizes in `node.meta["val"]`.
-The sizes are named: `batch`, `visual_tokens`, `text_tokens`, `images`.
+Every node carries a `NodeInfo` in `node.meta["foveate"]` and a fake value with symbolic sizes in `node.meta["val"]`;
+`foveate.ir.symbols` makes the sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from foveate.ir.symbols import Symbols as Symbols  # a part of a program, so it is found here too
 
 Stream = Literal["visual", "text", "joint", "none"]
 GRAPHS = ("vision", "prefill", "decode")
@@ -49,97 +49,14 @@ def info(node: fx.Node) -> NodeInfo:
     return value
 
 
-class Symbols:
-    """One fake-tensor world for a whole program: named symbolic sizes, and fakes that use them."""
-
-    # Unequal hints, none of them 0 or 1, so that no guard can mistake one size for another or for a constant.
-    HINTS: ClassVar[dict[str, int]] = {
-        "batch": 3,
-        "images": 5,
-        "visual_tokens": 1031,
-        "text_tokens": 211,
-        "past_tokens": 307,
-        "prefix": 23,
-    }
-
-    def __init__(self) -> None:
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        self.sizes: dict[str, Any] = {}
-        self._values: dict[Any, Any] = {}
-        self._results: dict[Any, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        """The symbolic size of that name, made on first use (any name: per-layer lengths have their own)."""
-        if name not in self.sizes:
-            hint = self.HINTS.get(name, 401 + 2 * len(self.sizes))
-            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            source = torch._dynamo.source.ConstantSource(f"size_{len(self.sizes)}")
-            sample = torch.empty(hint, device="meta")
-            fake = self.mode.from_tensor(sample, symbolic_context=context, source=source)
-            self.sizes[name] = fake.shape[0]
-        return self.sizes[name]
-
-    def tensor(self, *shape: str | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A fake tensor; sizes given by name are symbolic."""
-        sizes = [self[s] if isinstance(s, str) else s for s in shape]
-        with self.mode:
-            return torch.empty(sizes, dtype=dtype, device=device)
-
-    def shared(self, value: Any) -> Any:
-        """The one object that stands for every value of this shape, dtype and device in the program."""
-        if isinstance(value, (tuple, list)):
-            return tuple(map(self.shared, value))
-        if isinstance(value, Tensor):
-            key: Any = (tuple(map(_expression, value.shape)), value.dtype, str(value.device))
-        else:
-            key = _expression(value)
-        return self._values.setdefault(key, value)
-
-    def evaluate(self, op: Any, args: Any, kwargs: Any) -> Any:
-        """The shared value of op(*args, **kwargs); arguments are nodes, whose shared values are used, and constants.
-
-        Layers repeat, so nearly every call has been made before: results are remembered by the values' identity.
-        """
-        key = (op, _frozen(args), _frozen(kwargs))
-        if key not in self._results:
-            fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-            with self.mode, torch.no_grad():
-                result = op(*_plain(fake_args), **{k: _plain(v) for k, v in fake_kwargs.items()})
-            self._results[key] = self.shared(result)
-        return self._results[key]
-
-    def names(self) -> dict[Any, str]:
-        """sympy symbol -> name, for printing and substitution."""
-        return {size.node.expr: name for name, size in self.sizes.items()}
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-def _frozen(value: Any) -> Any:
-    """Arguments as a dictionary key: a node stands for its shared value."""
-    if isinstance(value, fx.Node):
-        return ("node", id(value.meta["val"]))
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_frozen, value))
-    if isinstance(value, dict):
-        return tuple((k, _frozen(v)) for k, v in value.items())
-    return (type(value), value)
-
-
-def _plain(value: Any) -> Any:
-    """FX's immutable lists as lists, which ops accept."""
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 @dataclass(frozen=True)
 class ModelInfo:
     """What passes and the runtime need to know of a model: sizes, token ids, and where its weights are.
 
     paths: full weight names by short name: `embed` (token embedding) and so on. roles: what the family calls the
     linears of a decoder layer: q, k, v, o, gate, up, down. grid: rows and columns of an image's visual tokens.
-    config: the Hugging Face configuration as a plain dictionary.
+    config: the Hugging Face configuration as a plain dictionary. patches_per_token: vision patches that become one
+    visual token, where the tower takes a batch's patches in one packed sequence.
     """
 
     family: str
@@ -155,6 +72,7 @@ class ModelInfo:
     paths: dict[str, str]
     roles: dict[str, str]
     config: dict[str, Any]
+    patches_per_token: int = 1
 
     @property
     def tokens_per_image(self) -> int:
@@ -221,14 +139,16 @@ class LayerKV:
 class PassRecord:
     """What one pass did to a program: its text, notes for the reader, edits by kind, or why it changed nothing.
 
-    cost: before and after, at one image and 60 text tokens: `prefill_flops`, `kv_bytes`.
+    cost: before and after, at one image and 60 text tokens: `prefill_flops`, `kv_bytes`, and `prefill_s`, seconds as
+    predicted for `device`.
     """
 
     text: str
     notes: tuple[str, ...] = ()
     edits: dict[str, int] = field(default_factory=dict)
     skipped: str | None = None
-    cost: dict[str, tuple[int, int]] | None = None
+    cost: dict[str, tuple[float, float]] | None = None
+    device: str = ""
 
 
 @dataclass
@@ -245,6 +165,11 @@ class Program:
     def prefill(self) -> fx.Graph:
         """The graph from both streams to the next token's logits and each layer's keys and values."""
         return self.graphs["prefill"]
+
+    def used_weights(self) -> set[str]:
+        """Names of the weights that the graphs read, and of the token embedding; a model may hold more."""
+        read = {str(n.target) for graph in self.graphs.values() for n in graph.nodes if n.op == "get_attr"}
+        return {*read, self.info.paths["embed"]}
 
     def copy(self) -> Program:
         """A program that passes can edit while this one stays as it is; the weights themselves are shared."""

@@ -26,7 +26,7 @@ Rule = Callable[[Program, str, fx.Graph], Complaints]
 
 
 INPUTS = {
-    "vision": r"pixel_values",
+    "vision": r"pixel_values|patch_positions|cu_seqlens",
     "prefill": r"visual|text|(visual|text)_(position_ids|order)|prefix",
     "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+",
 }

@@ -74,5 +74,10 @@ def keep_tokens(edit: Rewriter, layer: int, scores: fx.Node, keep: float, live: 
 
 
 def token_inputs(graph: fx.Graph) -> dict[str, int]:
-    """Token axis of each input of a split prefill graph."""
-    return {n.name: 1 for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)}
+    """Token axis of each input of a decoder graph: axis 1 of embeddings, the last one of positions and orders."""
+    values = {n.name: n.meta["val"] for n in graph.nodes if n.op == "placeholder"}
+    return {
+        name: 1 if value.is_floating_point() else value.dim() - 1
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }

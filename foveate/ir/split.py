@@ -22,10 +22,8 @@ from foveate import ops
 from foveate.ir.attention import Attention
 from foveate.ir.program import NodeInfo, Program, info
 from foveate.ir.rewriter import Rewriter, map_arg
+from foveate.ir.select import token_inputs
 from foveate.ir.tokens import takes_last, token_axes
-
-INPUT_AXES = {"hidden": 1, "position_ids": 1, "order": 1}
-"""Token axis of the joint decoder's inputs."""
 
 _STREAMS: tuple[Literal["visual", "text"], ...] = ("visual", "text")
 
@@ -38,7 +36,7 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
     `text_order` and the integer `prefix` (see `foveate.ops.attention`) and returns `{"logits": [B, 1, V], "kv":
     [[k_visual, v_visual, k_text, v_text] a layer], "kept": {}}`.
     """
-    axes = token_axes(joint, INPUT_AXES)
+    axes = token_axes(joint, token_inputs(joint))
     graph = fx.Graph()
     edit = Rewriter(program, graph, by="split")
     twins: dict[fx.Node, dict[str, fx.Node]] = {}
@@ -51,7 +49,7 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
     for node in joint.nodes:
         about = info(node).with_(twin=node.name, by="split")
         if node.op == "placeholder":
-            twins[node] = {s: _input(edit, node, s) for s in _STREAMS}
+            twins[node] = {s: _input(edit, node, s, axes[node]) for s in _STREAMS}
         elif node.op == "get_attr":
             twins[node] = {"text": edit.weight(str(node.target))}
         elif node.op == "output":
@@ -76,10 +74,11 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _input(edit: Rewriter, node: fx.Node, stream: str) -> fx.Node:
+def _input(edit: Rewriter, node: fx.Node, stream: str, axis: int | None) -> fx.Node:
     value = node.meta["val"]
+    assert axis is not None  # every input of a joint decoder has tokens
     sizes: list[Any] = list(value.shape)
-    sizes[1] = edit.program.symbols[f"{stream}_tokens"]
+    sizes[axis] = edit.program.symbols[f"{stream}_tokens"]
     with edit.program.symbols.mode:
         fake = torch.empty(sizes, dtype=value.dtype, device=value.device)
     name = stream if node.name == "hidden" else f"{stream}_{node.name}"

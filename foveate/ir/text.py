@@ -18,6 +18,7 @@ import ast
 import math
 import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ _VISION = (
     aten.add.Scalar,
     aten.mul.Scalar,
     ops.encoder_attention,
+    ops.varlen_attention,
 )
 OPS: dict[str, Any] = {str(op): op for op in (*RULES, *_VISION) if op is not operator.getitem}
 """Every op a graph may call, by its name in the text."""
@@ -65,13 +67,13 @@ def _graph_to_text(name: str, graph: fx.Graph, names: dict[Any, str]) -> str:
         if node.op == "get_attr":
             continue
         if node.op == "output":
-            lines.append(f"return {_literal(outputs(graph))}")
+            lines.append(f"return {_literal(outputs(graph), node_text)}")
             continue
         about = info(node)
         if node.op == "call_function" and about.layer != layer:
             layer = about.layer
             lines.append(f"# layer {layer}")
-        lines.append(f"{node.name} = {_call(node, names)} ; {_about(about)} | {value_text(node, names)}")
+        lines.append(f"{node.name} = {call_text(node, names)} ; {_about(about)} | {value_text(node, names)}")
     return "\n".join(lines) + "\n"
 
 
@@ -96,15 +98,21 @@ def _size(size: Any, names: dict[Any, str]) -> str:
     return re.sub(r"ToFloat\((\w+)\)", r"\1", text).replace("FloorToInt(", "floor(")
 
 
-def _call(node: fx.Node, names: dict[Any, str]) -> str:
+def node_text(node: fx.Node) -> str:
+    """How arguments refer to a node: its name, or the weight it reads."""
+    return f'weight("{node.target}")' if node.op == "get_attr" else node.name
+
+
+def call_text(node: fx.Node, names: dict[Any, str], spell: Callable[[fx.Node], str] = node_text) -> str:
+    """What a node computes, as in `aten.neg.default(x)`; `spell` says how arguments refer to other nodes."""
     if node.op == "placeholder":
         value = node.meta["val"]
         if not isinstance(value, Tensor):
             return f"input(int, {_size(value, names)})"
         return f"input({', '.join([str(value.dtype).removeprefix('torch.'), *(_size(s, names) for s in value.shape)])})"
     if node.target is operator.getitem:
-        return f"item({_literal(node.args[0])}, {node.args[1]})"
-    parts = [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
+        return f"item({_literal(node.args[0], spell)}, {node.args[1]})"
+    parts = [_literal(a, spell) for a in node.args] + [f"{k}={_literal(v, spell)}" for k, v in node.kwargs.items()]
     return f"{node.target}({', '.join(parts)})"
 
 
@@ -117,13 +125,13 @@ def _about(about: NodeInfo) -> str:
     return " | ".join(parts)
 
 
-def _literal(value: Any) -> str:
+def _literal(value: Any, spell: Callable[[fx.Node], str]) -> str:
     if isinstance(value, fx.Node):
-        return f'weight("{value.target}")' if value.op == "get_attr" else value.name
+        return spell(value)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_literal, value))}]"
+        return f"[{', '.join(_literal(v, spell) for v in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f'"{k}": {_literal(v)}' for k, v in value.items()) + "}"
+        return "{" + ", ".join(f'"{k}": {_literal(v, spell)}' for k, v in value.items()) + "}"
     if isinstance(value, torch.dtype):
         return f'dtype("{str(value).removeprefix("torch.")}")'
     if value is None or isinstance(value, (bool, int, float)):
@@ -217,7 +225,7 @@ class _Reader:
             return torch.empty(sizes, dtype=_DTYPES[kind], device=device)
 
     def size(self, expression: ast.expr) -> Any:
-        """A number, the name of a size, or what a selection makes of one, such as `floor(0.5*visual_tokens)`."""
+        """A number, the name of a size, or made of one: `floor(0.5*visual_tokens)`, `images + 1`, `patches//4`."""
         match expression:
             case ast.Constant(value=int() | float() as number):
                 return number
@@ -225,6 +233,10 @@ class _Reader:
                 return self.program.symbols[name]
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 return self.size(left) * self.size(right)
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return self.size(left) + self.size(right)
+            case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
+                return self.size(left) // self.size(right)
             case ast.Call(func=ast.Name(id="floor"), args=[inner]):
                 return math.floor(self.size(inner))
         raise ValueError(f"{ast.unparse(expression)} is not a size")

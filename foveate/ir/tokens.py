@@ -144,6 +144,14 @@ def _slice(node: fx.Node, axes: Axes) -> int | None:
     return axis
 
 
+def _select(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    dim = args_of(node)[1] % rank
+    if dim == axis:
+        raise _MixesError("it picks one token")
+    return axis - 1 if dim < axis else axis
+
+
 def _over(node: fx.Node, axes: Axes, dims: Any) -> int | None:
     axis, rank = _first(node, axes)
     if axis in {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}:
@@ -235,6 +243,7 @@ RULES: dict[Any, Rule] = {
     aten.transpose.int: _transpose,
     aten.unsqueeze.default: _unsqueeze,
     aten.slice.Tensor: _slice,
+    aten.select.int: _select,
     aten.mean.dim: _reduce,
     aten.sum.dim_IntList: _reduce,
     aten.softmax.int: _softmax,

@@ -1,14 +1,12 @@
 """From `torch.nn.Module` to a graph in canonical form.
 
 `torch.export` records the module with every attention call captured as one opaque op; `import_graph` then copies
-the recording into a program: no-ops vanish, reshapes become `flatten` and `unflatten` (which do not name the
-number of tokens), weights are looked up by name, and each node learns its layer and role from its module path.
+the recording into a program: each op takes its canonical form (`foveate.ir.canonical`), weights are looked up by
+name, and each node learns its layer and role from its module path.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,12 +17,12 @@ from torch import Tensor, fx, nn
 
 from foveate import ops
 from foveate.errors import TraceError
+from foveate.ir.canonical import canonical, unfuse
 from foveate.ir.program import NodeInfo, Program
-from foveate.ir.rewriter import Rewriter, map_arg, shape
+from foveate.ir.rewriter import Rewriter, map_arg
 
-aten = torch.ops.aten
-
-_TRACE_NAME = "foveate_trace"
+# Towers that take all images in one packed sequence hand over its bounds only to what is named after flash attention.
+_TRACE_NAME = "foveate_flash"
 _LIBRARY = torch.library.Library("foveate_trace", "DEF")
 _LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor")
 _captured = torch.ops.foveate_trace.attention.default
@@ -36,7 +34,7 @@ def _captured_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) 
 
 
 def _capture(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls while a model is traced."""
     scale = options.get("scaling") or query.shape[-1] ** -0.5
@@ -44,6 +42,11 @@ def _capture(
         if options.get(name) is not None:
             raise TraceError(f"{type(module).__name__} attends with `{name}`, which foveate does not know")
     causal = bool(getattr(module, "is_causal", True))
+    bounds = options.get("cu_seq_lens_q")
+    if bounds is not None:
+        if causal or options.get("cu_seq_lens_k") is not bounds:
+            raise TraceError(f"{type(module).__name__} attends over a packed sequence that is causal or of two lengths")
+        return ops.varlen_attention(query, key, value, bounds, scale), None
     return _captured(query, key, value, scale, causal), None
 
 
@@ -135,13 +138,14 @@ def import_graph(
                     environment[node] = edit.call(ops.encoder_attention, q, k, v, scale, about=about)
             else:
                 kwargs = map_arg(node.kwargs, lambda n: environment[n])
-                environment[node] = _canonical(edit, node, args, kwargs, about)
+                environment[node] = canonical(edit, node, args, kwargs, about)
         elif node.op == "output":
             result = environment[node.args[0][0]]
             edit.output({"out": result, "kv": kv} if causal else {"out": result})
         else:
             raise TraceError(f"unexpected `{node.op}` node {node.name} in the recording")
     edit.sweep()
+    unfuse(edit)
     edit.merge_equal()
     return graph
 
@@ -158,76 +162,8 @@ class _Where:
         path = next(reversed(stack.values()))[0] if stack else ""
         if path.startswith("_empty_nn_module_stack"):
             path = ""  # torch.export's name for "no module"
-        found = re.search(r"(?:^|\.)layers\.(\d+)\.?(.*)$", path)
+        found = re.search(r"(?:^|\.)(?:layers?|blocks)\.(\d+)\.?(.*)$", path)
         if found:
             self.entered = True
             return NodeInfo(int(found[1]), found[2] or "residual")
         return NodeInfo(self.layers if self.entered else -1, path.rpartition(".")[2] or "model")
-
-
-_NOTHING = {
-    aten._assert_tensor_metadata.default,
-    aten._assert_scalar.default,
-    aten.sym_constrain_range_for_size.default,
-}
-_SAME = {
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.alias.default,
-    aten.clone.default,
-    aten.lift_fresh_copy.default,
-}
-_RESHAPE = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_CAST = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device}
-
-
-def _canonical(edit: Rewriter, node: fx.Node, args: Any, kwargs: Any, about: NodeInfo) -> Any:
-    """One recorded op in canonical form: a new node, or an old one where the op does nothing."""
-    op = node.target
-    if op in _NOTHING:
-        return None
-    if op in _SAME or (op == aten.dropout.default and (args[1] == 0 or not args[2])):
-        return args[0]
-    if op in _RESHAPE:
-        return _reshape(edit, node, args, about)
-    if op in _CAST:
-        dtype = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.dtype)), None)
-        same = dtype is None or args[0].meta["val"].dtype == dtype
-        return args[0] if same else edit.call(aten.to.dtype, args[0], dtype, about=about)
-    if op is operator.getitem:
-        return edit.item(args[0], args[1], about)
-    if not isinstance(op, torch._ops.OpOverload):
-        raise TraceError(f"layer {about.layer}, {about.role}, node {node.name}: {op} is not an op that can be imported")
-    if op == aten.matmul.default and shape(args[0])[-1] == 1 and shape(args[0])[:-2] == shape(args[1])[:-2]:
-        # An outer product, as some versions write rotary angles, is elementwise and costs no matmul.
-        return edit.call(aten.mul.Tensor, *args, about=about)
-    result = edit.call(op, *args, about=about, **kwargs)
-    noop = op in (aten.slice.Tensor, aten.expand.default) and shape(result) == shape(args[0])
-    if noop:
-        edit.graph.erase_node(result)
-        return args[0]
-    return result
-
-
-def _reshape(edit: Rewriter, node: fx.Node, args: Any, about: NodeInfo) -> fx.Node:
-    """A view as `flatten` or `unflatten` of neighbouring axes, so that it holds for any number of tokens."""
-    source: fx.Node = args[0]
-    recorded: Any = node.args[0]
-    # Both shapes as the recording has them, so that symbolic sizes can be compared by name.
-    old, new = ([_plain_size(s) for s in n.meta["val"].shape] for n in (recorded, node))
-    at = min(len(old), len(new)) - 1
-    if old == new:
-        return source
-    if old[:at] == new[:at] and all(isinstance(s, int) for s in (*old[at:], *new[at:])):
-        if len(new) > len(old) and old[at] == math.prod(new[at:]):
-            return edit.call(aten.unflatten.int, source, at, new[at:], about=about)
-        if len(new) < len(old) and new[at] == math.prod(old[at:]):
-            return edit.call(aten.flatten.using_ints, source, at, len(old) - 1, about=about)
-    raise TraceError(
-        f"layer {about.layer}, {about.role}, node {node.name}: cannot read the reshape {tuple(old)} -> {tuple(new)}"
-    )
-
-
-def _plain_size(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size

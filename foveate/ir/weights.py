@@ -1,4 +1,7 @@
-"""Slices and orders of weights: a slice is a view in the graph, an order is a copy that replaces the original."""
+"""Slices and orders of weights: a slice is a view in the graph, an order is a copy that replaces the original.
+
+A linear may read a part of a weight only: rows of a fused one, or what a pass left of it.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,37 @@ import torch
 from torch import Tensor, fx, nn
 
 from foveate.errors import PassError
-from foveate.ir.program import Program
-from foveate.ir.rewriter import Rewriter
+from foveate.ir.program import Program, args_of
+from foveate.ir.rewriter import Rewriter, shape
 
 aten = torch.ops.aten
 
 
-def weight_of(linear: fx.Node) -> fx.Node:
-    """The whole weight behind a linear, slices aside."""
-    node = linear.args[1]
-    while isinstance(node, fx.Node) and node.target == aten.slice.Tensor:
-        node = node.args[0]
-    assert isinstance(node, fx.Node) and node.op == "get_attr"
-    return node
-
-
 def weight_name(linear: fx.Node) -> str:
     """Name of the weight of a linear."""
-    return str(weight_of(linear).target)
+    return str(_behind(linear)[0].target)
+
+
+def read_weight(program: Program, linear: fx.Node) -> Tensor:
+    """The part of its weight that a linear reads, detached: a view."""
+    node, part = _behind(linear)
+    weight = program.weights.get(str(node.target)).detach()
+    return weight[tuple(slice(start, stop) for start, stop in part)]
+
+
+def _behind(linear: fx.Node) -> tuple[fx.Node, list[tuple[int, int]]]:
+    """The whole weight behind a linear, and the range of each axis that slices leave of it."""
+    slices: list[tuple[int, int, int]] = []
+    node = args_of(linear)[1]
+    while isinstance(node, fx.Node) and node.target == aten.slice.Tensor:
+        node, dim, start, stop = args_of(node)
+        slices.append((dim, start, stop))
+    assert isinstance(node, fx.Node) and node.op == "get_attr"
+    part = [(0, int(size)) for size in shape(node)]
+    for dim, start, stop in reversed(slices):
+        first, last = part[dim]
+        part[dim] = (first + start, min(first + stop, last))
+    return node, part
 
 
 def slice_weight(edit: Rewriter, linear: fx.Node, dim: int, stop: int) -> None:
@@ -39,17 +55,24 @@ def slice_weight(edit: Rewriter, linear: fx.Node, dim: int, stop: int) -> None:
     edit.events["changed"] += 1
 
 
-def permute(program: Program, name: str, order: Tensor, dim: int) -> None:
-    """Reorder a weight along `dim` (and its bias, for dim 0) in this program; the model it came from keeps its own."""
+def permute(program: Program, linear: fx.Node, order: Tensor, dim: int) -> None:
+    """Reorder what a linear reads of its weight along `dim` (and of its bias, for dim 0) in this program.
+
+    The rest of a fused weight stays as it is, and the model the weight came from keeps its own.
+    """
+    node, part = _behind(linear)
+    name, (start, stop) = str(node.target), part[dim]
     names = [name]
     bias = name.removesuffix("weight") + "bias"
     if dim == 0 and bias in program.weights.names:
         names.append(bias)
     for each in names:
         old = program.weights.get(each)
-        if old.shape[dim] != order.numel():
-            raise PassError(f"{each} has {old.shape[dim]} entries on axis {dim}, the order has {order.numel()}")
+        if stop - start != order.numel():
+            raise PassError(f"{each} has {stop - start} entries on axis {dim}, the order has {order.numel()}")
         if old.is_meta:
             continue
-        new = old.detach().index_select(dim, order.to(old.device))
+        places = torch.arange(old.shape[dim], device=old.device)
+        places[start:stop] = start + order.to(old.device)
+        new = old.detach().index_select(dim, places)
         program.weights.put(each, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)

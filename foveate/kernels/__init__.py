@@ -5,12 +5,16 @@ implementation that memory and time can afford. Gradients do not flow through th
 `backward` reaches one.
 """
 
-from foveate.kernels import attention, tokens
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from foveate.kernels import attention, counting, tokens
 from foveate.ops import LIBRARY
 
 IMPLEMENTATIONS = {
     "attention": attention.attention,
     "encoder_attention": attention.encoder_attention,
+    "varlen_attention": attention.varlen_attention,
     "attention_row": attention.attention_row,
     "top_tokens": tokens.top_tokens,
     "take_tokens": tokens.take_tokens,
@@ -19,3 +23,7 @@ IMPLEMENTATIONS = {
 
 for _name, _implementation in IMPLEMENTATIONS.items():
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+for _name, _rule in counting.FLOPS.items():
+    # So that `torch.utils.flop_counter` counts an optimized model as `foveate.cost` does.
+    register_flop_formula(getattr(torch.ops.foveate, _name), get_raw=True)(_rule)

@@ -9,14 +9,15 @@ Three ways, all exact, chosen by what the caller promised (see `foveate.ops.atte
 Masks cover one block of queries, so memory grows linearly with the number of tokens.
 """
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-FEW_QUERIES = 8
-BLOCK = 256
+from foveate.errors import InputError
+from foveate.ops import BLOCK, FEW_QUERIES
 
 
 def attention(
@@ -46,6 +47,18 @@ def attention(
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """`foveate::encoder_attention`; shapes as in `foveate.ops`."""
     return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """`foveate::varlen_attention`; one call a segment, so that no score between two segments is computed."""
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[2] or sorted(bounds) != bounds:
+        raise InputError(f"cu_seqlens must rise from 0 to the {q.shape[2]} tokens of the sequence, it is {bounds}")
+    for start, stop in itertools.pairwise(bounds):
+        part = slice(start, stop)
+        out[:, part] = encoder_attention(q[:, :, part], k[:, :, part], v[:, :, part], scale)
+    return out
 
 
 def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:

@@ -38,6 +38,15 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (rows @ v.double()).transpose(1, 2).to(q.dtype)
 
 
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """`foveate::varlen_attention`: softmax over the keys of the same segment, with a mask over all pairs."""
+    places = torch.arange(q.shape[2], device=q.device)
+    segment = (places[:, None] >= cu_seqlens[None, 1:]).sum(1)
+    scores = q.double() @ k.double().transpose(2, 3) * scale
+    rows = scores.masked_fill(segment[:, None] != segment[None, :], -math.inf).softmax(-1)
+    return (rows @ v.double()).transpose(1, 2).to(q.dtype).contiguous()
+
+
 def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     """`foveate::attention_row` from the whole softmax."""
     rows = probabilities(q, torch.cat(k, 2), q_order, torch.cat(k_order, 1), scale)

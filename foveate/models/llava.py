@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
+from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
+from foveate.models.recording import Inputs, Size
 
-STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
-"""Rotary embeddings whose frequencies do not depend on the prompt's length."""
+__all__ = ["POSITION_AXES", "RUNS", "Decoder", "Vision", "describe", "tower_layers", "vision_inputs"]
+
+RUNS = True
+"""Whether foveate can run such a model, and not only trace it."""
+
+POSITION_AXES: tuple[int, ...] = ()
+"""Axes of the position ids before [batch, sequence]."""
 
 
 class Vision(nn.Module):
@@ -34,21 +41,9 @@ class Vision(nn.Module):
         return features
 
 
-class Decoder(nn.Module):
-    """Embeddings [B, S, hidden size] and positions [B, S] to logits [B, 1, V] of the token after the last."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
-        """Decoder layers, final norm, head."""
-        states = self.model.model.language_model(
-            inputs_embeds=hidden, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        logits = self.model.lm_head(states[:, -1:])
-        assert isinstance(logits, Tensor)  # the head is a plain linear
-        return logits
+def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
+    """Inputs of `Vision`."""
+    return {"pixel_values": ((size("images"), *info.image_size), None)}
 
 
 def describe(config: Any) -> ModelInfo:
@@ -63,11 +58,6 @@ def describe(config: Any) -> ModelInfo:
         )
     if text.model_type != "llama":
         raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in a LLaVA; llama is")
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in STATIC_ROPE:
-        raise UnsupportedModelError(
-            f"rotary embedding {rope!r} depends on the prompt's length; supported: {', '.join(sorted(STATIC_ROPE))}"
-        )
     if config.vision_feature_select_strategy not in ("default", "full"):
         raise UnsupportedModelError(
             f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}: use 'default'"
@@ -80,24 +70,12 @@ def describe(config: Any) -> ModelInfo:
     side = vision.image_size // vision.patch_size
     return ModelInfo(
         family="llava",
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
+        **sizes(text),
         image_token_id=config.image_token_id,
         grid=(side, side),
         image_size=(vision.num_channels, vision.image_size, vision.image_size),
-        paths={
-            "embed": "model.language_model.embed_tokens.weight",
-            "head": "lm_head.weight",
-            "layers": "model.language_model.layers",
-        },
-        roles={
-            **{letter: f"self_attn.{letter}_proj" for letter in "qkvo"},
-            **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-        },
+        paths=dict(PATHS),
+        roles=dict(ROLES),
         config=config.to_dict(),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from foveate.errors import UnsupportedModelError
@@ -14,11 +13,13 @@ from foveate.ir.program import Program, Symbols, Weights
 from foveate.ir.rules import verify
 from foveate.ir.split import split
 from foveate.ir.tail import keep_last
-from foveate.ir.trace import captured_attention, import_graph, record
-from foveate.models import llava
+from foveate.ir.trace import captured_attention
+from foveate.models import internvl, llava, qwen_vl
+from foveate.models.decoder import decoder_inputs
+from foveate.models.recording import first_names, record_graph
 
-FAMILIES: dict[str, ModuleType] = {"llava": llava}
-"""Hugging Face `model_type` -> the module that knows the family."""
+FAMILIES: dict[str, ModuleType] = {"llava": llava, "internvl": internvl, "qwen2_vl": qwen_vl}
+"""Hugging Face `model_type` -> the module that knows the family; those that run stand first."""
 
 
 def family_of(model: Any) -> ModuleType:
@@ -27,7 +28,7 @@ def family_of(model: Any) -> ModuleType:
     Raises UnsupportedModelError naming what was given and what is supported.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    known = ", ".join(sorted(FAMILIES))
+    known = ", ".join(FAMILIES)
     if not isinstance(model, nn.Module) or kind is None:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; supported families: {known}")
     if kind not in FAMILIES:
@@ -37,6 +38,15 @@ def family_of(model: Any) -> ModuleType:
             f"{type(model).__name__} has no language head; give the ...ForConditionalGeneration model"
         )
     return FAMILIES[kind]
+
+
+def check_runs(kind: str) -> None:
+    """Raise UnsupportedModelError unless foveate can run models of this family, and not only trace and cost them."""
+    if not FAMILIES[kind].RUNS:
+        able = ", ".join(sorted(name for name, family in FAMILIES.items() if family.RUNS))
+        raise UnsupportedModelError(
+            f"{kind} can be traced and costed (foveate cost), but not run yet; families that run: {able}"
+        )
 
 
 def trace_program(model: Any) -> Program:
@@ -55,44 +65,30 @@ def trace_joint(model: Any) -> tuple[Any, Program]:
     """The decoder before splitting, and a program that holds the vision graph and the weights."""
     family = family_of(model)
     about = family.describe(model.config)
-    weights = _weights(model)
-    program = Program(info=about, weights=weights, symbols=Symbols())
-    device, dtype = model.device, model.dtype
-    sizes = program.symbols.HINTS
-    dynamic = torch.export.Dim.DYNAMIC
+    program = Program(info=about, weights=_weights(model), symbols=Symbols())
     with captured_attention(model):
-        pixels = torch.zeros(sizes["images"], *about.image_size, dtype=dtype, device=device)
-        vision = record(family.Vision(model), (pixels,), ({0: dynamic},))
-        hidden = torch.zeros(2, 17, about.hidden_size, dtype=dtype, device=device)
-        positions = torch.arange(17, device=device).repeat(2, 1)
-        decoder = record(family.Decoder(model), (hidden, positions), ({0: dynamic, 1: dynamic},) * 2)
-    symbolic = program.symbols.tensor
-    first = _first_names(model)
-    inputs = {"pixel_values": symbolic("images", *about.image_size, dtype=dtype, device=device)}
-    program.graphs["vision"] = import_graph(
-        program, vision, inputs, family.tower_layers(model), lambda n: first[n.removeprefix("model.")], causal=False
-    )
-    inputs = {
-        "hidden": symbolic("batch", "sequence", about.hidden_size, dtype=dtype, device=device),
-        "position_ids": symbolic("batch", "sequence", dtype=torch.int64, device=device),
-    }
-    joint = import_graph(program, decoder, inputs, about.layers, lambda n: first[n.removeprefix("model.")], causal=True)
+        program.graphs["vision"] = record_graph(
+            program,
+            model,
+            family.Vision(model),
+            lambda size: family.vision_inputs(about, size),
+            layers=family.tower_layers(model),
+            causal=False,
+        )
+        joint = record_graph(
+            program,
+            model,
+            family.Decoder(model),
+            lambda size: decoder_inputs(about.hidden_size, family.POSITION_AXES, size),
+            layers=about.layers,
+            causal=True,
+        )
     return joint, program
-
-
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a weight -> the first name of the same weight, so that tied weights are one."""
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    seen: dict[int, str] = {}
-    return {name: seen.setdefault(id(value), name) for name, value in named}
 
 
 def _weights(model: nn.Module) -> Weights:
     weights = Weights()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in dict.fromkeys(_first_names(model).values()):
+    for name in dict.fromkeys(first_names(model).values()):
         weights.put(name, named[name])
     return weights

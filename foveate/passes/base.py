@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,15 +54,22 @@ class Pass(ABC):
         if not holds:
             raise PassError(f"{self.name}: {option}={getattr(self, option)!r}; allowed: {allowed}")
 
-    def require_layer(self, program: Program, option: str, first: int = 0, end: int = 0) -> None:
-        """Raise PassError unless an option names one of the program's layers `first` to `layers - 1 + end`."""
-        last = program.info.layers - 1 + end
+    def require_count_or_share(self, option: str, what: str) -> None:
+        """Raise PassError unless an option is a whole number, 0 or more, or a share of what there is."""
         value = getattr(self, option)
+        fits = (whole(value) and value >= 0) or (isinstance(value, float) and 0 < value < 1)
+        self.require(fits, option, f"{what}, 0 or more, or a share of them between 0 and 1, such as 0.5")
+
+    def require_layer(self, program: Program, option: str, first: int = 0, end: int = 0) -> int:
+        """The layer that an option names; PassError unless it is one of `first` to `layers - 1 + end`."""
+        last = program.info.layers - 1 + end
+        value = count_of(getattr(self, option), program.info.layers)
         if not first <= value <= last:
             raise PassError(
                 f"{self.name}: {option}={value} is not a layer of this model: it has {program.info.layers} layers, "
                 f"allowed: {first} to {last}"
             )
+        return value
 
     def text(self) -> str:
         """The pass as it stands in a pipeline: `name{field=value,...}`, fields at their default left out."""
@@ -92,6 +100,16 @@ def number(value: Any) -> bool:
 def whole(value: Any) -> bool:
     """Whether an option is a whole number (a bool is none)."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def count_of(value: float, available: int) -> int:
+    """An option as a number: a share is rounded down, a whole number stands for itself."""
+    return math.floor(value * available) if isinstance(value, float) else int(value)
+
+
+def layers_text(first: int, last: int) -> str:
+    """`layer 3`, or `layers 3 to 5`."""
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def first_blind_layer(graph: fx.Graph) -> int:

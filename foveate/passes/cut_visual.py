@@ -18,47 +18,47 @@ from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import info, outputs
 from foveate.ir.rewriter import Rewriter
-from foveate.passes.base import Pass, Skipped, first_blind_layer, whole
+from foveate.passes.base import Pass, Skipped, first_blind_layer, layers_text
 
 
 @dataclass(frozen=True)
 class CutVisual(Pass):
     """Layers from `from_layer` on see text only.
 
-    from_layer: 0 (the image is not seen at all) to the number of layers (nothing is cut).
+    from_layer: 0 (the image is not seen at all) to the number of layers (nothing is cut); 0.5 is half of them.
     """
 
     name: ClassVar[str] = "cut-visual"
     source: ClassVar[str] = "YOPO, arXiv 2410.06169, section 3.4; VTW, arXiv 2405.05803"
 
-    from_layer: int
+    from_layer: int | float
 
     def __post_init__(self) -> None:
-        self.require(whole(self.from_layer) and self.from_layer >= 0, "from_layer", "a layer number, 0 or more")
+        self.require_count_or_share("from_layer", "a layer number")
 
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         graph, layers = edit.graph, edit.program.info.layers
-        self.require_layer(edit.program, "from_layer", end=1)
+        first = self.require_layer(edit.program, "from_layer", end=1)
         already = first_blind_layer(graph)
-        if self.from_layer >= already:
+        if first >= already:
             raise Skipped(
-                f"no layer from {self.from_layer} on sees visual tokens (the model has {layers} layers, "
+                f"no layer from {first} on sees visual tokens (the model has {layers} layers, "
                 f"the first blind one is {already})"
             )
-        late = [int(layer) for layer in outputs(graph)["kept"] if int(layer) >= self.from_layer]
+        late = [int(layer) for layer in outputs(graph)["kept"] if int(layer) >= first]
         if late:
             raise PassError(
                 f"{self.name}: visual tokens are selected before layer {late[0]}, which would have none left after a "
-                f"cut at {self.from_layer}; select before the cut or cut later"
+                f"cut at {first}; select before the cut or cut later"
             )
         for node in attentions(graph, stream="text"):
-            if info(node).layer >= self.from_layer and looks_at_visual(node):
+            if info(node).layer >= first and looks_at_visual(node):
                 edit.set_args(node, Attention.of(node).without_visual().args)
         result = dict(outputs(graph))
         result["kv"] = [
-            entry if layer < self.from_layer else [None, None, *entry[2:]] for layer, entry in enumerate(result["kv"])
+            entry if layer < first else [None, None, *entry[2:]] for layer, entry in enumerate(result["kv"])
         ]
         edit.output(result)
         edit.sweep()
-        yield f"layers {self.from_layer} to {already - 1}: text sees text only, visual tokens removed"
+        yield f"{layers_text(first, already - 1)}: text sees text only, visual tokens removed"

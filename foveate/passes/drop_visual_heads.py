@@ -20,7 +20,7 @@ from foveate.errors import PassError
 from foveate.ir.attention import attentions, looks_at_visual
 from foveate.ir.heads import drop_heads, plan_heads
 from foveate.ir.rewriter import Rewriter
-from foveate.passes.base import Pass, Skipped, whole
+from foveate.passes.base import Pass, Skipped, count_of, layers_text, whole
 from foveate.passes.head_scores import weight_norm_scores
 
 
@@ -28,15 +28,15 @@ from foveate.passes.head_scores import weight_norm_scores
 class DropVisualHeads(Pass):
     """In layers from `from_layer` on, visual tokens use `keep` query heads, or those that `mask` marks True.
 
-    keep: 0 to the number of heads, the heads with the largest `scores` (ties: lower index). mask: [layers][heads].
-    scores: [layers][heads], or `weight-norm`: the Frobenius norm of each head's value-output product.
-    Layers before `from_layer` keep every head; YOPO exempts the first two.
+    keep: 0 to the number of heads (0.5: half of them), those with the largest `scores` (ties: lower index).
+    mask: [layers][heads]. scores: [layers][heads], or `weight-norm`: the Frobenius norm of each head's value-output
+    product. Layers before `from_layer` keep every head; YOPO exempts the first two.
     """
 
     name: ClassVar[str] = "drop-visual-heads"
     source: ClassVar[str] = "YOPO, arXiv 2410.06169, section 3.3"
 
-    keep: int | None = None
+    keep: int | float | None = None
     mask: Any = None
     from_layer: int = 2
     scores: Any = "weight-norm"
@@ -45,7 +45,8 @@ class DropVisualHeads(Pass):
         for name in ("mask", "scores"):
             object.__setattr__(self, name, _nested(self.name, name, getattr(self, name)))
         self.require((self.keep is None) != (self.mask is None), "keep", "a number of heads, or give `mask` instead")
-        self.require(self.keep is None or (whole(self.keep) and self.keep >= 0), "keep", "0 or more heads")
+        if self.keep is not None:
+            self.require_count_or_share("keep", "a number of heads")
         self.require(whole(self.from_layer) and self.from_layer >= 0, "from_layer", "a layer number, 0 or more")
 
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
@@ -65,7 +66,7 @@ class DropVisualHeads(Pass):
         edit.sweep()
         mean = sum(done.values()) / len(done)
         yield (
-            f"layers {min(done)} to {max(done)}: {edit.program.info.heads} -> {mean:g} heads for visual tokens"
+            f"{layers_text(min(done), max(done))}: {edit.program.info.heads} -> {mean:g} heads for visual tokens"
             f"{'' if len(set(done.values())) == 1 else ' on average'}"
         )
 
@@ -75,14 +76,15 @@ class DropVisualHeads(Pass):
             _check_shape(self.name, "mask", self.mask, model.layers, model.heads)
             return [[bool(x) for x in row] for row in self.mask]
         assert self.keep is not None  # __post_init__ saw to it
-        if self.keep > model.heads:
+        count = count_of(self.keep, model.heads)
+        if count > model.heads:
             raise PassError(f"{self.name}: keep={self.keep}, but the model has {model.heads} heads")
         if self.scores == "weight-norm":
             scores = weight_norm_scores(edit.program)
         else:
             _check_shape(self.name, "scores", self.scores, model.layers, model.heads)
             scores = [list(map(float, row)) for row in self.scores]
-        best = [_best(row, self.keep) for row in scores]
+        best = [_best(row, count) for row in scores]
         return [[h in chosen for h in range(model.heads)] for chosen in best]
 
 

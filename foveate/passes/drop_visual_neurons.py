@@ -20,8 +20,8 @@ from torch import Tensor
 
 from foveate.errors import PassError
 from foveate.ir.rewriter import Rewriter, nodes_of
-from foveate.ir.weights import permute, slice_weight, weight_name
-from foveate.passes.base import Pass, Skipped, number, whole
+from foveate.ir.weights import permute, read_weight, slice_weight
+from foveate.passes.base import Pass, Skipped, layers_text, number, whole
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DropVisualNeurons(Pass):
         edit.refresh()
         edit.sweep()
         yield (
-            f"layers {done[0]} to {done[-1]}: visual gate/up/down {model.intermediate_size} -> {kept} neurons "
+            f"{layers_text(done[0], done[-1])}: visual gate/up/down {model.intermediate_size} -> {kept} neurons "
             f"({self.select})"
         )
 
@@ -75,20 +75,20 @@ class DropVisualNeurons(Pass):
         }
         if not linears["down"]:
             return False
-        names = {part: weight_name(found[0]) for part, found in linears.items()}
         if edit.program.info.intermediate_size != linears["gate"][0].meta["val"].shape[-1]:
             raise PassError(f"{self.name}: layer {layer} already has part of its visual neurons dropped")
         if self.select != "prefix":
-            order = self._order([edit.program.weights.get(names[p]) for p in ("gate", "up", "down")], layer, kept)
+            weights = [read_weight(edit.program, linears[part][0]) for part in ("gate", "up", "down")]
+            order = self._order(weights, layer, kept)
             for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
-                permute(edit.program, names[part], order, dim)
+                permute(edit.program, linears[part][0], order, dim)
         for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
             slice_weight(edit, linears[part][0], dim, kept)
         return True
 
     def _order(self, weights: list[Tensor], layer: int, kept: int) -> Tensor:
         """All neurons, kept ones in front, each part in its old order."""
-        gate, up, down = (w.detach() for w in weights)
+        gate, up, down = weights
         if gate.is_meta:
             return torch.arange(gate.shape[0])
         if self.select == "random":

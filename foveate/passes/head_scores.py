@@ -6,7 +6,7 @@ import torch
 
 from foveate.ir.program import Program
 from foveate.ir.rewriter import nodes_of
-from foveate.ir.weights import weight_name
+from foveate.ir.weights import read_weight
 
 
 def weight_norm_scores(program: Program) -> list[list[float]]:
@@ -19,17 +19,16 @@ def weight_norm_scores(program: Program) -> list[list[float]]:
     rows: list[list[float]] = []
     for layer in range(model.layers):
         weights = {
-            part: program.weights.get(
-                weight_name(
-                    nodes_of(
-                        program.prefill,
-                        stream="text",
-                        role=model.roles[part],
-                        layer=layer,
-                        op=torch.ops.aten.linear.default,
-                    )[0]
-                )
-            ).detach()
+            part: read_weight(
+                program,
+                nodes_of(
+                    program.prefill,
+                    stream="text",
+                    role=model.roles[part],
+                    layer=layer,
+                    op=torch.ops.aten.linear.default,
+                )[0],
+            )
             for part in "vo"
         }
         if weights["v"].is_meta:

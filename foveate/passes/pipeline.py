@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from foveate.errors import FoveateWarning, PassError
-from foveate.ir.cost import prefill_cost
+from foveate.ir.cost import default_device, prefill_cost
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import Program
 from foveate.ir.rules import verify
@@ -37,11 +37,12 @@ def apply_pipeline(program: Program, passes: Passes | None) -> Program:
 
     A pass that changes nothing is recorded with its reason and issues a FoveateWarning.
     """
-    before = prefill_cost(program)
+    before, device = prefill_cost(program), default_device(program)
     for each in resolve(passes):
         record = each.apply(program)
         after = prefill_cost(program)
-        program.passes.append(dataclasses.replace(record, cost={k: (before[k], after[k]) for k in after}))
+        effect = {name: (before[name], after[name]) for name in after}
+        program.passes.append(dataclasses.replace(record, cost=effect, device=device))
         before = after
         if record.skipped:
             warnings.warn(f"{record.text} changed nothing: {record.skipped}", FoveateWarning, stacklevel=3)

@@ -1,0 +1,48 @@
+"""FLOPs of the `foveate::` ops for `torch.utils.flop_counter`: the products that the implementations here make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from foveate.ops import attention_pairs
+
+
+def _attention(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: Any,
+    q_order: Any,
+    k_order: Any,
+    prefix: int,
+    layout: str,
+    *rest: Any,
+    **also: Any,
+) -> int:
+    batch, heads, _, size = q[0].shape
+    queries, keys = ([x.shape[2] for x in xs] for xs in (q, k))
+    return 4 * batch * heads * size * attention_pairs(queries, keys, layout, prefix)[0]
+
+
+def _encoder_attention(q: Tensor, k: Tensor, *rest: Any, **also: Any) -> int:
+    return 4 * q.numel() * k.shape[2]
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Any, cu_seqlens: Tensor, *rest: Any, **also: Any) -> int:
+    lengths = cu_seqlens.diff()
+    return 4 * q.shape[1] * q.shape[3] * int((lengths * lengths).sum())
+
+
+def _row(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
+    return 2 * q.numel() * sum(x.shape[2] for x in k)
+
+
+FLOPS: dict[str, Callable[..., int]] = {
+    "attention": _attention,
+    "encoder_attention": _encoder_attention,
+    "varlen_attention": _varlen_attention,
+    "attention_row": _row,
+}
+"""Op -> rule; rules take the op's own arguments."""

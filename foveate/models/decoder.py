@@ -1,0 +1,77 @@
+"""What the decoders of all families have in common: how they are called, what is refused, where their weights are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import UnsupportedModelError
+from foveate.models.recording import Inputs, Size
+
+STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+"""Rotary embeddings whose frequencies do not depend on the prompt's length."""
+
+PATHS = {
+    "embed": "model.language_model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "layers": "model.language_model.layers",
+}
+
+ROLES = {
+    **{letter: f"self_attn.{letter}_proj" for letter in "qkvo"},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+"""The linears of a layer that holds each of them in a weight of its own."""
+
+FUSED_ROLES = {
+    **{letter: f"self_attn.qkv_proj[{i}]" for i, letter in enumerate("qkv")},
+    "o": "self_attn.o_proj",
+    **{name: f"mlp.gate_up_proj[{i}]" for i, name in enumerate(("gate", "up"))},
+    "down": "mlp.down_proj",
+}
+"""The same where one weight holds q, k and v, and one holds gate and up; see `foveate.ir.canonical.unfuse`."""
+
+
+class Decoder(nn.Module):
+    """Embeddings [B, S, hidden size] and positions [..., B, S] to logits [B, 1, V] of the token after the last."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        """Decoder layers, final norm, head."""
+        states = self.model.model.language_model(
+            inputs_embeds=hidden, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        logits = self.model.lm_head(states[:, -1:])
+        assert isinstance(logits, Tensor)  # the head is a plain linear
+        return logits
+
+
+def sizes(text: Any) -> dict[str, int]:
+    """Sizes of a decoder with this configuration, as `ModelInfo` names them.
+
+    Raises UnsupportedModelError for rotary embeddings that depend on the prompt's length.
+    """
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        raise UnsupportedModelError(
+            f"rotary embedding {rope!r} depends on the prompt's length; supported: {', '.join(sorted(STATIC_ROPE))}"
+        )
+    return {
+        "layers": text.num_hidden_layers,
+        "heads": text.num_attention_heads,
+        "kv_heads": text.num_key_value_heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+    }
+
+
+def decoder_inputs(hidden_size: int, axes: tuple[int, ...], size: Size) -> Inputs:
+    """Inputs of `Decoder`; axes: those of the position ids before [batch, sequence]."""
+    tokens = (size("batch"), size("sequence"))
+    return {"hidden": ((*tokens, hidden_size), None), "position_ids": ((*axes, *tokens), torch.int64)}

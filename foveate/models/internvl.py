@@ -1,0 +1,85 @@
+"""InternVL: an InternViT tower over tiles, pixel unshuffling, an MLP projector, and a Llama, Qwen2 or Phi-3 decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from foveate.errors import UnsupportedModelError
+from foveate.ir.program import ModelInfo
+from foveate.models.decoder import FUSED_ROLES, PATHS, ROLES, Decoder, sizes
+from foveate.models.recording import Inputs, Size
+
+__all__ = ["POSITION_AXES", "RUNS", "Decoder", "Vision", "describe", "tower_layers", "vision_inputs"]
+
+RUNS = False
+POSITION_AXES: tuple[int, ...] = ()
+
+DECODERS = {"llama": ROLES, "phi3": FUSED_ROLES, "qwen2": ROLES}
+"""Decoders that are known, and what each calls its linears."""
+
+
+class Vision(nn.Module):
+    """Tiles [I, C, height, width] to visual embeddings [I, tokens per tile, hidden size]; a tile counts as an image."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Tower, pixel unshuffling, projector."""
+        features = self.model.model.get_image_features(pixel_values, return_dict=True).pooler_output
+        assert isinstance(features, Tensor)  # the projector is a plain module
+        return features
+
+
+def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
+    """Inputs of `Vision`."""
+    return {"pixel_values": ((size("images"), *info.image_size), None)}
+
+
+def describe(config: Any) -> ModelInfo:
+    """Sizes and names of an InternVL with this configuration.
+
+    Raises UnsupportedModelError for a tower, decoder, feature layer or rotary embedding that is not supported.
+    """
+    text, vision = config.text_config, config.vision_config
+    if vision.model_type != "internvl_vision":
+        raise UnsupportedModelError(
+            f"vision tower {vision.model_type!r} is not supported in an InternVL; internvl_vision is"
+        )
+    if text.model_type not in DECODERS:
+        raise UnsupportedModelError(
+            f"decoder {text.model_type!r} is not supported in an InternVL; supported: {', '.join(sorted(DECODERS))}"
+        )
+    if getattr(text, "sliding_window", None) is not None:
+        raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
+    if config.vision_feature_layer != -1 or config.vision_feature_select_strategy != "default":
+        raise UnsupportedModelError(
+            f"vision_feature_layer {config.vision_feature_layer!r} with vision_feature_select_strategy"
+            f" {config.vision_feature_select_strategy!r} is not supported; -1 with 'default' is"
+        )
+    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
+    rows, columns = height // patch_height, width // patch_width
+    if rows != columns or rows * config.downsample_ratio % 1:
+        raise UnsupportedModelError(
+            f"a tile of {rows} x {columns} patches cannot be unshuffled by {config.downsample_ratio}; it must be"
+            " square and divisible"
+        )
+    side = int(rows * config.downsample_ratio)
+    return ModelInfo(
+        family="internvl",
+        **sizes(text),
+        image_token_id=config.image_token_id,
+        grid=(side, side),
+        image_size=(vision.num_channels, height, width),
+        paths=dict(PATHS),
+        roles=dict(DECODERS[text.model_type]),
+        config=config.to_dict(),
+    )
+
+
+def tower_layers(model: Any) -> int:
+    """How many tower layers the features need."""
+    return int(model.config.vision_config.num_hidden_layers)

@@ -1,0 +1,84 @@
+"""Small random models of the families that are traced, and how their graphs are run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen2VLConfig
+
+from foveate.ir.program import Program
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, VOCAB = 32, 3, 4, 2, 48, 64
+
+TEXT: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "vocab_size": VOCAB,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+
+def qwen2_vl(device: str = "cpu", text: dict[str, Any] | None = None) -> Any:
+    """A Qwen2-VL with 8-pixel patches; `text` changes its decoder."""
+    tower = {"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": HIDDEN, "patch_size": 8}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0}
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": rope, **(text or {})},
+        vision_config=tower,
+        image_token_id=VOCAB - 1,
+        tie_word_embeddings=False,
+    )
+    return build(config, device)
+
+
+def internvl(decoder: str = "llama", device: str = "cpu", vision: dict[str, Any] | None = None, **text: Any) -> Any:
+    """An InternVL with four visual tokens a tile; `vision` changes its tower, `text` its decoder."""
+    tower = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 32,
+        "patch_size": 8,
+        **(vision or {}),
+    }
+    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta", 10000.0)}
+    config = InternVLConfig(
+        text_config={"model_type": decoder, **TEXT, "rope_parameters": rope, **text},
+        vision_config=tower,
+        image_token_id=VOCAB - 1,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return build(config, device)
+
+
+def build(config: Any, device: str = "cpu") -> Any:
+    """The model of a configuration, with weights that are large enough to matter."""
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        made = AutoModelForImageTextToText.from_config(config).eval()
+        for parameter in made.parameters() if device != "meta" else ():
+            nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.3)
+    return made
+
+
+def run(program: Program, graph: fx.Graph, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a graph returns, given its inputs by name."""
+    names = [str(n.target) for n in graph.nodes if n.op == "placeholder"]
+    with torch.no_grad():
+        result: dict[str, Any] = fx.GraphModule(program.weights, graph)(*(inputs[n] for n in names))
+    return result
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Normal noise."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
