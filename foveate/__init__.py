@@ -4,17 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.api import cost, load, optimize, trace
+    from foveate.api import cost, diff, load, optimize, trace
     from foveate.model import OptimizedModel
 
 __version__ = "0.1.0"
-__all__ = ["OptimizedModel", "__version__", "cost", "load", "optimize", "trace"]
+__all__ = ["OptimizedModel", "__version__", "cost", "diff", "load", "optimize", "trace"]
 
 _HOME = {
     "optimize": "foveate.api",
     "load": "foveate.api",
     "trace": "foveate.api",
     "cost": "foveate.api",
+    "diff": "foveate.api",
     "OptimizedModel": "foveate.model",
 }
 

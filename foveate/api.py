@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from foveate.errors import PassError
 from foveate.ir.cost import Cost, cost_of
 from foveate.ir.program import Program
 from foveate.model import OptimizedModel
-from foveate.models.registry import trace_program
+from foveate.models.registry import check_runs, family_of, trace_program
 from foveate.passes.pipeline import Passes, apply_pipeline
+from foveate.report.diff import DiffReport, Source, diff_report
 
-__all__ = ["cost", "load", "optimize", "trace"]
+__all__ = ["cost", "diff", "load", "optimize", "trace"]
 
 
 def trace(model: Any) -> Program:
@@ -39,6 +41,8 @@ def optimize(
     """
     if calibration is not None:
         raise PassError("no pass takes calibration data yet; leave `calibration` out")
+    family_of(model)
+    check_runs(model.config.model_type)
     program = apply_pipeline(trace(model) if traced is None else traced.copy(), passes)
     return OptimizedModel(program, model.config, model.generation_config, backend)
 
@@ -51,5 +55,15 @@ def load(path: str | Path, backend: str = "eager", device: str = "cpu") -> Optim
 
 
 def cost(program: Program, **sizes: Any) -> Cost:
-    """FLOPs, bytes and predicted time of a program; see `foveate.ir.cost.cost_of` for the arguments."""
+    """FLOPs, bytes and predicted time of a program; see `foveate.ir.cost.Forecast.of` for the sizes it takes."""
     return cost_of(program, **sizes)
+
+
+def diff(a: Source, b: Source, gates: Iterable[str] = (), **sizes: Any) -> DiffReport:
+    """What differs in `b`, with `.to_text()`, `.to_markdown()`, `.to_json()` and `.to_html()`.
+
+    a, b: programs, optimized models, snapshots, or paths of snapshot files. gates: such as `prefill.flops>+1%`.
+    sizes: what `foveate.cost` takes, for those that are no snapshots yet. Raises ArtifactError for a damaged file,
+    InputError for a gate or size that is wrong.
+    """
+    return diff_report(a, b, gates, **sizes)

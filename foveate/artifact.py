@@ -32,7 +32,7 @@ from foveate.ir.program import PassRecord, Program, Symbols, Weights
 from foveate.ir.rules import verify
 from foveate.ir.text import parse_graphs
 from foveate.model import OptimizedModel
-from foveate.models.registry import FAMILIES
+from foveate.models.registry import FAMILIES, check_runs
 
 FORMAT = 1
 MANIFEST = "foveate.json"
@@ -62,7 +62,7 @@ def save(model: OptimizedModel, folder: Path) -> None:
 
 
 def _write(model: OptimizedModel, program: Program, work: Path) -> None:
-    used = used_weights(program)
+    used = program.used_weights()
     tensors = {name: value.detach().contiguous() for name, value in program.weights.items() if name in used}
     save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
     (work / "model.safetensors").chmod(0o644)  # safetensors writes 0600; the other files are readable too
@@ -81,12 +81,6 @@ def _write(model: OptimizedModel, program: Program, work: Path) -> None:
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def used_weights(program: Program) -> set[str]:
-    """Names of the weights that some graph, or the token embedding, reads."""
-    read = {str(n.target) for g in program.graphs.values() for n in g.nodes if n.op == "get_attr"}
-    return read | {program.info.paths["embed"]}
-
-
 def load(folder: Path, backend: str, device: str) -> OptimizedModel:
     """Read what `save` wrote.
 
@@ -97,6 +91,7 @@ def load(folder: Path, backend: str, device: str) -> OptimizedModel:
     with _reading(folder / "config.json"):
         config = _config(folder)
         info = FAMILIES[config.model_type].describe(config)
+        check_runs(config.model_type)
     with _reading(folder / "generation_config.json"):
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     with _reading(folder / "model.safetensors"):
@@ -163,8 +158,14 @@ def _config(folder: Path) -> Any:
 
 
 def _record(fields: dict[str, Any]) -> dict[str, Any]:
-    cost = {k: (int(a), int(b)) for k, (a, b) in (fields.get("cost") or {}).items()}
+    cost = {k: (_number(a), _number(b)) for k, (a, b) in (fields.get("cost") or {}).items()}
     return {**fields, "notes": tuple(fields["notes"]), "cost": cost or None}
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"a cost is {value!r}, which is no number")
+    return value
 
 
 def _weights(folder: Path, parameters: list[str], device: str) -> Weights:

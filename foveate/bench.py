@@ -1,35 +1,28 @@
-"""Time a model before and after, in one process, round robin, medians; and what this machine reaches."""
+"""Time a model before and after, in one process, round robin, medians."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate import __version__
 from foveate.api import cost, optimize
 from foveate.backends.base import BACKENDS
 from foveate.errors import InputError
 from foveate.evaluate import Tick, silent
-from foveate.ir.cost import Cost, Device
+from foveate.ir.cost import Cost
+from foveate.machine import WARMUPS, environment, thread_count, timed
 from foveate.models.random import random_inputs
 from foveate.passes.pipeline import Passes, pipeline_text, resolve
 
 Inputs = Mapping[str, Tensor]
-
-WARMUPS = 2
-"""Untimed rounds: the first compiles or fills caches, the second settles."""
 
 
 @dataclass
@@ -67,7 +60,7 @@ class Bench:
     @property
     def flop_speedup(self) -> float:
         """FLOPs of the dense vision and prefill graphs over those of the optimized ones."""
-        return work(self.costs["dense"]) / work(self.costs["optimized"])
+        return self.costs["dense"].first_token_flops / self.costs["optimized"].first_token_flops
 
     def speedup(self, phase: str, base: str = "dense") -> float:
         """Measured time of `base` over the optimized model's; phase: `prefill` or `decode`."""
@@ -88,7 +81,7 @@ class Bench:
         timed = {name: timing.to_json() for name, timing in self.times.items()}
         for name, spent in self.costs.items():
             timed[name] |= {
-                "flops": work(spent),
+                "flops": spent.first_token_flops,
                 "decode_flops": spent.decode.flops,
                 "kv_bytes": spent.kv_bytes,
             }
@@ -107,11 +100,6 @@ class Bench:
             "slower": self.losses(),
             **timed,
         }
-
-
-def work(spent: Cost) -> int:
-    """FLOPs of what a prefill call runs: vision and prefill."""
-    return int(spent.vision.flops + spent.prefill.flops)
 
 
 def bench(
@@ -183,12 +171,12 @@ def measure(
 
 def _one(model: Any, inputs: Inputs, new_tokens: int) -> tuple[float, list[float]]:
     """Seconds of one prefill, and of each of the decode steps behind it."""
-    out, prefill = _timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+    out, prefill = timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
     token = inputs["input_ids"][:, -1:]
     steps = []
     for _ in range(new_tokens):
         cache = out.past_key_values
-        out, spent = _timed(partial(model, input_ids=token, past_key_values=cache, use_cache=True))
+        out, spent = timed(partial(model, input_ids=token, past_key_values=cache, use_cache=True))
         steps.append(spent)
     return prefill, steps
 
@@ -196,21 +184,8 @@ def _one(model: Any, inputs: Inputs, new_tokens: int) -> tuple[float, list[float
 def time_vision(program: Any, backend: str, pixels: Tensor, repeat: int) -> float:
     """Median time of the vision graph alone, in seconds."""
     run = import_module(BACKENDS[backend]).lower(program, program.graphs["vision"], "vision")
-    times = [_timed(lambda: run({"pixel_values": pixels}))[1] for _ in range(WARMUPS + repeat)]
+    times = [timed(lambda: run({"pixel_values": pixels}))[1] for _ in range(WARMUPS + repeat)]
     return statistics.median(times[WARMUPS:])
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    _wait()
-    start = time.perf_counter()
-    result = call()
-    _wait()
-    return result, time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def _inputs(model: Any, text_tokens: int, batch: int, new_tokens: int) -> dict[str, Tensor]:
@@ -228,17 +203,6 @@ def _inputs(model: Any, text_tokens: int, batch: int, new_tokens: int) -> dict[s
 
 
 @contextmanager
-def thread_count(threads: int | None) -> Iterator[None]:
-    """Run with that many threads (None: as many as there were), then put the old number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def sdpa(model: Any) -> Iterator[None]:
     """A transformers model with SDPA attention, then with what it had."""
     before = model.config._attn_implementation
@@ -250,47 +214,3 @@ def sdpa(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-def calibrate(rows: int = 640, width: int = 1024, inner: int = 1024, seconds: float = 1.0) -> Device:
-    """What this machine reaches on an fp32 GEMM of that shape, and on copying memory; takes `seconds`."""
-    a, b = torch.randn(rows, inner), torch.randn(inner, width)
-    source = torch.empty(32 * 2**20)
-    target = torch.empty_like(source)
-    gemm = _median_of(lambda: torch.mm(a, b), seconds / 2)
-    copy = _median_of(lambda: target.copy_(source), seconds / 2)
-    threads = torch.get_num_threads()
-    return Device(
-        name=f"this CPU, {threads} thread{'s' * (threads != 1)}, fp32, measured",
-        flops_per_s=2 * rows * width * inner / gemm,
-        bytes_per_s=2 * source.nbytes / copy,
-    )
-
-
-def _median_of(call: Callable[[], Any], seconds: float) -> float:
-    for _ in range(WARMUPS):
-        call()
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
-        times.append(_timed(call)[1])
-    return statistics.median(times)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, as a result file needs them."""
-    return {
-        "foveate": __version__,
-        "torch": str(torch.__version__),
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "cpus": os.cpu_count(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123  a pseudo file
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -91,7 +91,7 @@ def test_bfloat16_comes_back_bit_by_bit(tmp_path: Path) -> None:
 def test_each_weight_is_stored_once_and_none_without_use(whole: Path) -> None:
     program = optimized(*SMALL).program
     stored = load_file(whole / "model.safetensors")
-    assert set(stored) == artifact.used_weights(program)
+    assert set(stored) == program.used_weights()
     expected = sum(program.weights.get(name).nbytes for name in stored)
     assert expected <= (whole / "model.safetensors").stat().st_size <= expected + 200 * len(stored)
 

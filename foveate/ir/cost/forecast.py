@@ -1,0 +1,269 @@
+"""What a program costs, read off its graphs: FLOPs, bytes moved, key/value bytes, and a roofline forecast.
+
+Symbolic shapes make sizes arguments: one trace answers for any number of tokens, on the `meta` device too. Each op
+takes the longer of its arithmetic and its memory traffic on a device; see `foveate.ir.cost.work` for what is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from foveate.errors import InputError
+from foveate.ir.cost.conventions import CONVENTIONS, TIMED, Request
+from foveate.ir.cost.devices import BITS, Device, device_of
+from foveate.ir.cost.sizes import Precision, Sizes
+from foveate.ir.cost.work import VIEWS, Meter, Work, base_of
+from foveate.ir.join import join
+from foveate.ir.program import Program, info, layer_kv
+
+BY = ("layer", "role", "stream")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One prompt batch: `vision` and `prefill` once, `decode` a generated token; bytes of cache and at the peak."""
+
+    vision: Work
+    prefill: Work
+    decode: Work
+    kv_bytes: int
+    peak_bytes: int
+    parameters: int
+
+    @property
+    def first_token_s(self) -> float:
+        """Predicted seconds from pixels and prompt to the first token."""
+        return self.vision.time_s + self.prefill.time_s
+
+    @property
+    def first_token_flops(self) -> int:
+        """FLOPs from pixels and prompt to the first token."""
+        return self.vision.flops + self.prefill.flops
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        graphs = {name: getattr(self, name).to_json() for name in ("vision", "prefill", "decode")}
+        return {
+            **graphs,
+            "kv_bytes": self.kv_bytes,
+            "peak_bytes": self.peak_bytes,
+            "parameters": self.parameters,
+            "first_token_s": self.first_token_s,
+            "first_token_flops": self.first_token_flops,
+        }
+
+
+@dataclass(frozen=True)
+class Part:
+    """The work of one graph that shares a layer, role and stream; what was not asked for is None."""
+
+    layer: int | None = None
+    role: str | None = None
+    stream: str | None = None
+    work: Work = field(default_factory=Work)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        named = {name: getattr(self, name) for name in BY if getattr(self, name) is not None}
+        return {**named, **self.work.to_json()}
+
+
+def cost_of(program: Program, *, convention: str = "actual", modules: Sequence[int] = (), **sizes: Any) -> Cost:
+    """The cost of one batch. Sizes and devices are those of `Forecast.of`.
+
+    convention: `actual`, what the graphs run; `yopo`, `lvpruning` or `llm-viewer`, what those papers count (see
+    `foveate.ir.cost.conventions`). modules: with `lvpruning`, the layers before which a decision module stands.
+    Raises InputError for sizes below what a prompt needs, an unknown device, number format or convention.
+    """
+    return Forecast.of(program, **sizes).cost(convention, modules)
+
+
+def breakdown(program: Program, by: Sequence[str] = ("layer",), **sizes: Any) -> dict[str, list[Part]]:
+    """The `actual` cost of each graph in parts that share what `by` names: `layer`, `role`, `stream`, or several.
+
+    By stream, what runs for both streams in one op is shared out by their numbers of tokens. Parts stand in the
+    order in which their graph comes to them.
+    """
+    unknown = [name for name in by if name not in BY]
+    if unknown or not by:
+        raise InputError(f"a breakdown is by {', '.join(BY)}, or several of them; got {', '.join(by) or 'nothing'}")
+    return Forecast.of(program, **sizes).parts(by)
+
+
+class Forecast:
+    """A program at given sizes and number formats on a device."""
+
+    def __init__(
+        self,
+        program: Program,
+        sizes: tuple[Sizes, Sizes, Sizes],
+        precision: Precision,
+        device: Device,
+        joined: fx.Graph,
+    ) -> None:
+        self.program, self.precision, self.device, self.joined = program, precision, device, joined
+        self.first, self.step, self.last = sizes
+        self.graphs = {
+            "vision": (program.graphs["vision"], self.first),
+            "prefill": (joined, self.first),
+            "decode": (program.graphs["decode"], self.step),
+        }
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        *,
+        visual_tokens: int | None = None,
+        text_tokens: int = 60,
+        batch: int = 1,
+        images: int = 1,
+        prefix_tokens: int | None = None,
+        new_tokens: int = 0,
+        past_tokens: int | None = None,
+        device: Device | str = "cpu",
+        dtype: str | None = None,
+        weight_bits: int | None = None,
+        kv_bits: int | None = None,
+        joined: fx.Graph | None = None,
+    ) -> Forecast:
+        """Sizes as arguments.
+
+        visual_tokens: a row, all its images together (default: `images` whole images). images: a row. prefix_tokens:
+        text before the image (default: half of the text; several images have text between them). new_tokens: length
+        of the answer: the cache holds it at the end, and the decode step counted is the middle one; past_tokens:
+        text tokens in the cache at that step, where another one is wanted. device: a name, a YAML file, a `Device`.
+        dtype: number format of activations and arithmetic (default: the program's); weight_bits, kv_bits: of weight
+        matrices and of the cache (default: as wide as dtype). joined: the joined prefill graph, where another
+        forecast of this program has made it.
+        """
+        about = program.info
+        visual = images * about.tokens_per_image if visual_tokens is None else visual_tokens
+        prefix = text_tokens // 2 if prefix_tokens is None else prefix_tokens
+        past = text_tokens + new_tokens // 2 if past_tokens is None else past_tokens
+        if text_tokens < 1 or batch < 1:
+            raise InputError("sizes must be: text_tokens and batch 1 or more")
+        for name, value in (("images", images), ("visual_tokens", visual), ("past_tokens", past)):
+            if value < 0:
+                raise InputError(f"{name} must be 0 or more, it is {value}")
+        if not 0 <= prefix <= text_tokens or new_tokens < 0:
+            raise InputError("sizes must be: prefix_tokens 0 to text_tokens, new_tokens 0 or more")
+        base = {
+            "batch": batch,
+            "images": batch * images,
+            "visual_tokens": visual,
+            "patches": batch * visual * about.patches_per_token,
+            # Text between several images leaves attention no structure to use.
+            "prefix": prefix if images <= 1 else -1,
+        }
+        return cls(
+            program,
+            sizes=(
+                Sizes(program, {**base, "text_tokens": text_tokens}),
+                Sizes(program, {**base, "text_tokens": 1, "past_tokens": past}),
+                Sizes(program, {**base, "text_tokens": text_tokens + new_tokens}),
+            ),
+            precision=Precision.of(program, dtype, weight_bits, kv_bits),
+            device=device_of(device),
+            joined=joined or join(program, program.prefill),
+        )
+
+    def cost(self, convention: str = "actual", modules: Sequence[int] = ()) -> Cost:
+        """All of it, counted as `cost_of` says."""
+        if convention not in ("actual", *CONVENTIONS):
+            raise InputError(f"convention {convention!r} is not known; there are: actual, {', '.join(CONVENTIONS)}")
+        if modules and convention != "lvpruning":
+            raise InputError("decision modules are counted by the convention lvpruning only")
+        actual = self._actual()
+        if convention == "actual":
+            return actual
+        request = Request(self.program, self.first, self.precision, self.device, tuple(modules))
+        counted = CONVENTIONS[convention](request)
+        if convention not in TIMED:
+            counted = {name: replace(getattr(actual, name), flops=work.flops) for name, work in counted.items()}
+        return replace(actual, vision=counted["vision"], prefill=counted["prefill"])
+
+    def _actual(self) -> Cost:
+        totals = {name: Work() for name in self.graphs}
+        for name, (graph, sizes) in self.graphs.items():
+            meter = Meter(graph, sizes, self.precision, self.device)
+            for node in graph.nodes:
+                totals[name] += meter.of(node)
+        used = self.program.used_weights()
+        weights = [w for name, w in self.program.weights.items() if name in used]
+        cache = self.kv_bytes()
+        peak = max(cache, *(self.peak_bytes(*self.graphs[name]) for name in ("vision", "prefill")))
+        return Cost(
+            **totals,
+            kv_bytes=cache,
+            peak_bytes=peak + sum(w.numel() * self.precision.bits_of(w, "weight") // 8 for w in weights),
+            parameters=sum(w.numel() for w in weights if w.is_floating_point()),
+        )
+
+    def parts(self, by: Sequence[str]) -> dict[str, list[Part]]:
+        """See `breakdown`."""
+        result = {}
+        for name, (graph, sizes) in self.graphs.items():
+            meter = Meter(graph, sizes, self.precision, self.device)
+            blind = Sizes(self.program, {**sizes.names, "text_tokens": 0})
+            found: dict[Part, Work] = {}
+            for node in graph.nodes:
+                if node.op != "call_function" or node.target in VIEWS:
+                    continue
+                about, work = info(node), meter.of(node)
+                shares = _shares(node, sizes, blind) if "stream" in by else {about.stream: 1.0}
+                for stream, share in shares.items():
+                    named: dict[str, Any] = {"layer": about.layer, "role": about.role, "stream": stream}
+                    key = Part(**{b: value for b, value in named.items() if b in by})
+                    found[key] = found.get(key, Work()) + (work if share == 1 else work.share(share))
+            result[name] = [replace(part, work=work) for part, work in found.items()]
+        return result
+
+    def kv_bytes(self) -> int:
+        """Bytes of all layers' keys and values after the whole answer."""
+        nodes = [n for layer in layer_kv(self.program.prefill) for n in (*layer.text, *(layer.visual or ()))]
+        return sum(self.last.numel(n) for n in nodes) * self.precision.kv_bits // 8
+
+    def peak_bytes(self, graph: fx.Graph, sizes: Sizes) -> int:
+        """Most bytes of values alive at once in a run, each freed after its last use; weights not counted."""
+        meter = Meter(graph, sizes, self.precision, self.device)
+        last = {base_of(n): node for node in graph.nodes for n in node.all_input_nodes}
+        dying: dict[fx.Node, list[fx.Node]] = {}
+        for value, reader in last.items():
+            dying.setdefault(reader, []).append(value)
+        alive = peak = 0
+        for node in graph.nodes:
+            if node.op in ("placeholder", "call_function") and node.target not in VIEWS:
+                alive += meter.nbytes(node)
+            peak = max(peak, alive)
+            alive -= sum(meter.nbytes(n) for n in dying.get(node, ()) if n.op != "get_attr" and n.target not in VIEWS)
+        return peak
+
+
+def _shares(node: fx.Node, sizes: Sizes, blind: Sizes) -> dict[str, float]:
+    """Of a node for both streams, what goes to each: what is left of its value without text is visual."""
+    stream = info(node).stream
+    whole = sizes.numel(node)
+    if stream != "joint" or not whole:
+        return {stream: 1.0}
+    visual = blind.numel(node) / whole
+    return {"visual": visual, "text": 1 - visual}
+
+
+def default_device(program: Program) -> str:
+    """The device that a report forecasts for when none is named: a GPU for half-precision weights, else the CPU."""
+    dtype = str(program.weights.get(program.info.paths["embed"]).dtype).removeprefix("torch.")
+    return "h100" if BITS.get(dtype, 32) <= 16 else "cpu"
+
+
+def prefill_cost(program: Program) -> dict[str, float]:
+    """What a pass changes, at one image and 60 text tokens: `prefill_flops`, `prefill_s` and `kv_bytes`."""
+    forecast = Forecast.of(program, device=default_device(program))
+    graph, sizes = forecast.graphs["prefill"]
+    meter = Meter(graph, sizes, forecast.precision, forecast.device)
+    work = sum((meter.of(node) for node in graph.nodes), Work())
+    return {"prefill_flops": work.flops, "prefill_s": work.time_s, "kv_bytes": forecast.kv_bytes()}

@@ -1,0 +1,236 @@
+"""What one node does: floating-point operations, and the bytes it moves by what they are.
+
+One multiply-add is two FLOPs. Attention counts the query-key pairs that its calls span (see
+`foveate.ops.attention_pairs`), as `torch.utils.flop_counter` does; ops on single elements count no FLOPs but
+their bytes; views count nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from foveate import ops
+from foveate.ir.attention import Attention
+from foveate.ir.cost.devices import Device
+from foveate.ir.cost.sizes import Precision, Sizes
+from foveate.ir.program import args_of, info, outputs
+from foveate.ir.tokens import ELEMENTWISE
+
+aten = torch.ops.aten
+
+VIEWS = {
+    aten.slice.Tensor,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+    aten.expand.default,
+    aten.select.int,
+    aten.sym_size.int,
+    operator.getitem,
+}
+"""Ops that move nothing."""
+
+GATHERS = {ops.take_tokens, aten.embedding.default}
+"""Ops that read only as much of their source as they return."""
+
+FUSABLE = {
+    *ELEMENTWISE,
+    *(aten.add.Scalar, aten.mul.Scalar, aten.mean.dim, aten.sum.dim_IntList, aten.softmax.int),
+    *(aten.layer_norm.default, aten.rms_norm.default),
+}
+"""Ops whose chains a compiler makes into one kernel: between two of them nothing is written or read."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done: FLOPs, bytes by kind (`written` is the part of `activation_bytes` that is stored), seconds.
+
+    compute_s and memory_s are the parts of time_s in which arithmetic, or memory, is what the machine waits for.
+    """
+
+    flops: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+    kv_bytes: int = 0
+    written: int = 0
+    time_s: float = 0
+    compute_s: float = 0
+    memory_s: float = 0
+
+    @property
+    def bytes(self) -> int:
+        """All bytes moved."""
+        return self.weight_bytes + self.activation_bytes + self.kv_bytes
+
+    @property
+    def bound(self) -> str:
+        """What most of the time goes to: `compute`, `memory`, or `overhead` (ops too small); empty for no time."""
+        overhead = self.time_s - self.compute_s - self.memory_s
+        parts = {"compute": self.compute_s, "memory": self.memory_s, "overhead": overhead}
+        return max(parts, key=lambda name: parts[name]) if self.time_s else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        kinds = {name: getattr(self, name) for name in ("weight_bytes", "activation_bytes", "kv_bytes")}
+        stored = {"stored_activation_bytes": self.written, "bound": self.bound}
+        return {"flops": self.flops, "bytes": self.bytes, "time_s": self.time_s, **kinds, **stored}
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
+
+    def share(self, part: float) -> Work:
+        """That share of it, counts rounded to whole numbers."""
+        whole = (f for f in ("flops", "weight_bytes", "activation_bytes", "kv_bytes", "written"))
+        times = {f: getattr(self, f) * part for f in ("time_s", "compute_s", "memory_s")}
+        return Work(**{f: round(getattr(self, f) * part) for f in whole}, **times)
+
+
+class Meter:
+    """Measures the nodes of one graph at given sizes, in given number formats, on a device."""
+
+    def __init__(self, graph: fx.Graph, sizes: Sizes, precision: Precision, device: Device) -> None:
+        self.sizes, self.precision, self.device = sizes, precision, device
+        kv = outputs(graph).get("kv", [])
+        self.kv = {base_of(n) for entry in kv for n in entry if n is not None}
+        self.kv |= {n for n in graph.nodes if n.op == "placeholder" and info(n).role == "kv"}
+
+    def kind(self, node: fx.Node) -> str:
+        """What a value is: `weight`, `kv` or `activation`."""
+        base = base_of(node)
+        return "weight" if base.op == "get_attr" else "kv" if base in self.kv else "activation"
+
+    def nbytes(self, node: fx.Node) -> int:
+        """Bytes of a value; of a view, as much as it shows, and never more than there is."""
+        count, base = self.sizes.numel(node), base_of(node)
+        if not count:
+            return 0
+        count = min(count, self.sizes.numel(base)) if isinstance(base.meta.get("val"), Tensor) else count
+        return count * self.precision.bits_of(node.meta["val"], self.kind(node)) // 8
+
+    def of(self, node: fx.Node) -> Work:
+        """The work of one node."""
+        if node.op != "call_function" or node.target in VIEWS:
+            return Work()
+        flops, computed = node_flops(node, self.sizes)
+        moved = {"weight": 0, "activation": 0, "kv": 0}
+        out = self._written(node)
+        moved[self.kind(node)] += out
+        for source in dict.fromkeys(node.all_input_nodes):
+            if self._is_read(source, node):
+                part = node.target in GATHERS and source is args_of(node)[0]
+                moved[self.kind(source)] += min(self.nbytes(source), out) if part else self.nbytes(source)
+        return self._timed(node, flops, computed, moved, out)
+
+    def _written(self, node: fx.Node) -> int:
+        """Bytes of a node's results that are stored: none where a fused kernel alone reads them."""
+        results = [u for u in node.users if u.target is operator.getitem]
+        if results:
+            return sum(self.nbytes(n) for n in results)
+        stays = self.device.fused and node.target in FUSABLE and node not in self.kv
+        return 0 if stays and all(u.target in FUSABLE for u in readers(node)) else self.nbytes(node)
+
+    def _is_read(self, source: fx.Node, reader: fx.Node) -> bool:
+        if not isinstance(source.meta.get("val"), Tensor):
+            return False
+        return not (self.device.fused and reader.target in FUSABLE and base_of(source).target in FUSABLE)
+
+    def _timed(self, node: fx.Node, flops: int, computed: int, moved: dict[str, int], written: int) -> Work:
+        rate = self.device.rate(self.precision.dtype)
+        if node.target in (ops.attention, ops.encoder_attention, ops.varlen_attention):
+            rate *= self.device.attention
+        compute, memory = computed / rate, sum(moved.values()) / self.device.bytes_per_s
+        least = self.device.op_s if sum(moved.values()) else 0.0
+        time = max(compute, memory, least)
+        return Work(
+            flops,
+            moved["weight"],
+            moved["activation"],
+            moved["kv"],
+            written if self.kind(node) == "activation" else 0,
+            time,
+            compute if time == compute else 0.0,
+            memory if time == memory > compute else 0.0,
+        )
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The value that a view, or a view of a view, looks at."""
+    while node.op == "call_function" and node.target in VIEWS:
+        source = args_of(node)[0]
+        assert isinstance(source, fx.Node)  # the first argument of every view
+        node = source
+    return node
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Nodes that read a value, through views too; the output counts as one."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += readers(user) if user.target in VIEWS else [user]
+    return found
+
+
+def node_flops(node: fx.Node, sizes: Sizes) -> tuple[int, int]:
+    """FLOPs of one node as they are counted, and as they are computed (a causal call leaves half of its square out)."""
+    if node.target == ops.attention:
+        return _attention(node, sizes)
+    rule = FLOPS.get(node.target)
+    count = rule(node, sizes) if rule else 0
+    return count, count
+
+
+def _linear(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * sizes.numel(node) * sizes.shape(args_of(node)[1])[1]
+
+
+def _conv(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * sizes.numel(node) * math.prod(sizes.shape(args_of(node)[1])[1:])
+
+
+def _matmul(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * sizes.numel(node) * sizes.shape(args_of(node)[0])[-1]
+
+
+def _attention(node: fx.Node, sizes: Sizes) -> tuple[int, int]:
+    attention = Attention.of(node)
+    batch, heads, _, size = sizes.shape(attention.q[0])
+    queries, keys = ([sizes.shape(x)[2] for x in xs] for xs in (attention.q, attention.k))
+    prefix = sizes.names.get("prefix", -1) if isinstance(attention.prefix, fx.Node) else attention.prefix
+    spanned, computed = ops.attention_pairs(queries, keys, attention.layout, prefix)
+    return 4 * batch * heads * size * spanned, 4 * batch * heads * size * computed
+
+
+def _encoder_attention(node: fx.Node, sizes: Sizes) -> int:
+    batch, heads, count, size = sizes.shape(args_of(node)[0])
+    return 4 * batch * heads * size * count * count
+
+
+def _varlen_attention(node: fx.Node, sizes: Sizes) -> int:
+    """Segments of equal length."""
+    batch, heads, count, size = sizes.shape(args_of(node)[0])
+    segments = max(1, sizes.shape(args_of(node)[3])[0] - 1)
+    return 4 * batch * heads * size * count * count // segments
+
+
+def _row(node: fx.Node, sizes: Sizes) -> int:
+    batch, heads, rows, size = sizes.shape(args_of(node)[0])
+    return 2 * batch * heads * rows * size * sum(sizes.shape(k)[2] for k in args_of(node)[1])
+
+
+FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
+    aten.linear.default: _linear,
+    aten.conv2d.default: _conv,
+    aten.matmul.default: _matmul,
+    ops.encoder_attention: _encoder_attention,
+    ops.varlen_attention: _varlen_attention,
+    ops.attention_row: _row,
+}
