@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from foveate.cli.options import DTYPES, backend_option, given_sizes, json_option, passes_option, size_options
+from foveate.cli.options import DTYPES, backend_option, given_sizes, json_option, size_options
 from foveate.cli.output import Out, table, talking
 
 if TYPE_CHECKING:
@@ -16,8 +16,11 @@ AT_LEAST_ONE = click.IntRange(min=1)
 
 
 @click.command("bench")
-@click.argument("model")
-@passes_option
+@click.argument("model", required=False)
+@click.option("--passes", "-p", metavar="P", help="As for `foveate optimize`.")
+@click.option(
+    "--calibrate", metavar="FILE.yaml", help="Measure this machine instead, for `foveate cost --device FILE.yaml`."
+)
 @backend_option
 @size_options
 @click.option("--text-tokens", type=AT_LEAST_ONE, default=64, show_default=True, help="Text tokens of a prompt.")
@@ -28,8 +31,9 @@ AT_LEAST_ONE = click.IntRange(min=1)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights.  [default: the model's]")
 @json_option
 def command(
-    model: str,
-    passes: str,
+    model: str | None,
+    passes: str | None,
+    calibrate: str | None,
     backend: str,
     text_tokens: int,
     batch: int,
@@ -45,9 +49,18 @@ def command(
     One process, random prompts of one image each, the three models in turn, medians. Prefill is the
     whole call: vision, decoder, selection, cache. The FLOPs cover the same work.
     """
+    from foveate.cli.errors import UseError
     from foveate.cli.models import load_model
     from foveate.passes.pipeline import resolve
 
+    if calibrate:
+        if model or passes:
+            raise UseError("--calibrate measures the machine, no model: leave MODEL and --passes out")
+        with talking(as_json) as out:
+            _calibrate(out, calibrate, threads)
+        return
+    if model is None or passes is None:
+        raise UseError("give MODEL and --passes, or --calibrate FILE.yaml")
     with talking(as_json) as out:
         chosen = resolve(passes)
         out.tick("loading the model", 0, 1)
@@ -69,8 +82,29 @@ def command(
         out.finish({"model": model, **result.to_json()})
 
 
+def _calibrate(out: Out, name: str, threads: int | None) -> None:
+    """Write a device file and say what is in it."""
+    from dataclasses import asdict
+
+    from foveate.cli.folders import check_file, write_whole
+    from foveate.machine import calibrate, thread_count
+    from foveate.report.figures import count, percent
+
+    path = check_file(name, ".yaml")
+    out.tick("measuring this machine", 0, 1)
+    with thread_count(threads):
+        device = calibrate(seconds=8)
+    out.tick("measuring this machine", 1, 1)
+    write_whole(path, device.to_yaml().encode())
+    out.say(
+        f"{device.name}: {count(device.flops_per_s['float32'])}FLOP/s, {count(device.bytes_per_s)}B/s, attention at "
+        f"{percent(device.attention)} of that rate, shortest op {1e6 * device.op_s:.1f} us"
+    )
+    out.line(f"saved in {name}; use it with: foveate cost MODEL --device {name}")
+    out.finish({"file": name, "device": asdict(device)})
+
+
 def _show(out: Out, model: str, result: Bench) -> None:
-    from foveate.bench import work
     from foveate.report.figures import count, folded, ms, size, spaced, times
 
     setting = result.setting
@@ -84,7 +118,7 @@ def _show(out: Out, model: str, result: Bench) -> None:
     names = {"hf": "Hugging Face", "dense": "dense", "optimized": "optimized"}
     for name, label in names.items():
         timing, spent = result.times[name], result.costs.get(name)
-        figures = (count(work(spent)), size(spent.kv_bytes)) if spent else ("", "")
+        figures = (count(spent.first_token_flops), size(spent.kv_bytes)) if spent else ("", "")
         shown.add_row(label, figures[0], ms(timing.prefill_s), ms(timing.decode_s), figures[1])
     for base in ("dense", "hf"):
         flops = times(result.flop_speedup) if base == "dense" else ""

@@ -157,7 +157,7 @@ def _rows(out: Out, model: Any, processor: Any, quick: bool) -> tuple[list[Row],
     """The table's rows, shown as a table."""
     import dataclasses
 
-    from foveate.bench import calibrate
+    from foveate.machine import calibrate
     from foveate.models.digits import samples
     from foveate.report.compare import compare
 
@@ -165,7 +165,7 @@ def _rows(out: Out, model: Any, processor: Any, quick: bool) -> tuple[list[Row],
     n, repeat = QUICK if quick else FULL
     out.tick("calibrating", 0, 1)
     # The shape of the decoder's own FFN over all the prompts' tokens.
-    device = calibrate(PROMPTS * 160, text.intermediate_size, text.hidden_size, seconds=1.0)
+    device = calibrate(PROMPTS * 160, text.intermediate_size, text.hidden_size, seconds=2.0)
     timed = samples(task="lookup", n=PROMPTS, seed=SEED)
     # No counts: the model does not count, so that they would say nothing about a recipe.
     asked = [sample for task in SCORED for sample in samples(task=task, n=n // len(SCORED), seed=SEED + 1)]
@@ -175,7 +175,6 @@ def _rows(out: Out, model: Any, processor: Any, quick: bool) -> tuple[list[Row],
 
 
 def _say_rows(out: Out, rows: list[Row], device: str) -> None:
-    from foveate.bench import work
     from foveate.report.compare import losses
     from foveate.report.figures import count, folded, ms, percent, size, spaced
 
@@ -193,7 +192,7 @@ def _say_rows(out: Out, rows: list[Row], device: str) -> None:
     for row in rows:
         shown.add_row(
             row.name,
-            count(work(row.cost)),
+            count(row.cost.first_token_flops),
             ms(row.predicted_s),
             ms(row.timing.prefill_s),
             ms(row.timing.decode_s),

@@ -21,6 +21,9 @@ from foveate.errors import FoveateError, FoveateWarning
 
 COMMANDS: dict[str, str] = {
     "passes": "List the passes, their options and where they come from.",
+    "cost": "What a model costs before and after passes, predicted from its graphs.",
+    "snapshot": "Write a stable picture of a model's graphs, to be committed and compared.",
+    "diff": "What differs between two snapshots or models, with gates for CI.",
     "optimize": "Optimize a model and save it in a new folder.",
     "run": "Ask a question about an image.",
     "bench": "Time a model against its dense form and against Hugging Face.",

@@ -90,6 +90,20 @@ def find_folder(name: str) -> Path:
     return _download(name)
 
 
+def find_config(name: str) -> Any:
+    """The Hugging Face configuration of a folder or hub id; weights are neither read nor downloaded."""
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    named = not path.exists() and not _looks_like_path(name)
+    folder = _hub_config(name, _online(name)) if named else find_folder(name)
+    check_config(folder, to_run=False)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers raises on a damaged configuration
+        raise UseError(f"{folder}/config.json cannot be read: {_first_line(error)}") from None
+
+
 def _looks_like_path(name: str) -> bool:
     if not HUB_ID.fullmatch(name) or name.startswith((".", "~", os.sep)):
         return True
@@ -146,9 +160,9 @@ def _from_folder(name: str, folder: Path) -> Loaded:
     return Loaded(name, model.eval(), lambda: _processor(folder))
 
 
-def check_config(folder: Path) -> None:
-    """Raise unless the folder's config.json names a family that foveate supports."""
-    from foveate.models.registry import FAMILIES
+def check_config(folder: Path, to_run: bool = True) -> None:
+    """Raise unless the folder's config.json names a family that foveate runs (or, not `to_run`, at least traces)."""
+    from foveate.models.registry import FAMILIES, check_runs
 
     if (folder / SAVED).is_file():
         raise UseError(f"{folder} was saved by foveate and is optimized already; give the model it was made from")
@@ -165,6 +179,8 @@ def check_config(folder: Path) -> None:
         raise UseError(f"{path} does not say its model_type; supported: {known}")
     if kind not in FAMILIES:
         raise UnsupportedModelError(f"model family {kind!r} in {path} is not supported; supported: {known}")
+    if to_run:
+        check_runs(kind)
 
 
 def _processor(folder: Path) -> Any:
@@ -181,7 +197,30 @@ def _processor(folder: Path) -> Any:
 
 def _download(name: str) -> Path:
     """A hub model's folder in the local cache; asks the network once, quickly, before anything long."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    online = _online(name)
+    try:
+        if online:
+            check_config(_hub_config(name, online))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=not online))
+    except OSError as error:
+        raise UseError(_not_there(name, online, error)) from None
+
+
+def _hub_config(name: str, online: bool) -> Path:
+    """The local folder that holds a hub model's config.json, and maybe nothing else."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json", local_files_only=not online)).parent
+    except OSError as error:
+        raise UseError(_not_there(name, online, error)) from None
+
+
+def _online(name: str) -> bool:
+    """Whether the Hub answers; UseError where it does and refuses the id."""
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -189,17 +228,14 @@ def _download(name: str) -> Path:
     except HfHubHTTPError as error:
         raise UseError(f"there is no folder {name}, and the Hub refuses that id: {_first_line(error)}") from None
     except Exception:  # offline, or any failure of the transport
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except Exception:
-            raise UseError(
-                f"there is no folder {name}, it is not in the local cache, and the Hugging Face Hub cannot be reached"
-            ) from None
-    try:
-        check_config(Path(hf_hub_download(name, "config.json")).parent)
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except OSError as error:
-        raise UseError(f"{name} cannot be downloaded: {_first_line(error)}") from None
+        return False
+    return True
+
+
+def _not_there(name: str, online: bool, error: Exception) -> str:
+    if online:
+        return f"{name} cannot be downloaded: {_first_line(error)}"
+    return f"there is no folder {name}, it is not in the local cache, and the Hugging Face Hub cannot be reached"
 
 
 def _first_line(error: Exception) -> str:

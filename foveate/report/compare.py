@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from foveate.api import cost, optimize, trace
-from foveate.bench import Inputs, Timing, measure, work
+from foveate.bench import Inputs, Timing, measure
 from foveate.evaluate import Score, Tick, evaluate, silent
-from foveate.ir.cost import Cost, Device
+from foveate.ir.cost import Cost
+from foveate.ir.cost.devices import Device
 from foveate.models.digits import Sample
 from foveate.report.figures import ms
 
@@ -32,14 +33,14 @@ class Row:
     @property
     def predicted_s(self) -> float:
         """Prefill time, vision included, by the roofline of the device that the cost was asked for."""
-        return float(self.cost.vision.time_s + self.cost.prefill.time_s)
+        return self.cost.first_token_s
 
     def to_json(self) -> dict[str, Any]:
         """All figures; times in seconds."""
         return {
             "name": self.name,
             "passes": self.passes,
-            "flops": work(self.cost),
+            "flops": self.cost.first_token_flops,
             "predicted_s": self.predicted_s,
             "prefill_s": self.timing.prefill_s,
             "decode_s": self.timing.decode_s,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.ir.cost import Cost, cost_of
+from foveate.ir.cost import Cost, cost_of, default_device
+from foveate.ir.cost.devices import device_of
 from foveate.ir.program import ModelInfo, PassRecord, Program
-from foveate.report.figures import count, size
+from foveate.report.figures import count, ms, size
 
-UNITS = {"prefill_flops": count, "decode_flops": count, "kv_bytes": size}
-LABELS = {"prefill_flops": "prefill FLOPs", "decode_flops": "decode FLOPs", "kv_bytes": "KV cache"}
+UNITS: dict[str, Callable[[float], str]] = {
+    "prefill_flops": count,
+    "kv_bytes": size,
+    "prefill_s": lambda seconds: f"{ms(seconds)} ms",
+}
+LABELS = {"prefill_flops": "prefill FLOPs", "kv_bytes": "KV cache", "prefill_s": "predicted prefill"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Report:
                 "edits": dict(r.edits),
                 "skipped": r.skipped,
                 "cost": r.cost,
+                "device": r.device,
             }
             for r in self.records
         ]
@@ -57,19 +64,28 @@ class Report:
             "family": self.about.family,
             "passes": passes,
             "cost": self.cost.to_json(),
-            "sizes": self.sizes,
+            "sizes": {**self.sizes, "device": self._device},
         }
 
     def __str__(self) -> str:
         return self.to_text()
 
+    @property
+    def _device(self) -> str:
+        return device_of(self.sizes["device"]).name
+
     def _after(self) -> str:
         parts = [f"{name} {count(getattr(self.cost, name).flops)}" for name in ("vision", "prefill", "decode")]
-        return f"FLOPs of {', '.join(parts)} (one token); KV cache {size(self.cost.kv_bytes)}"
+        times = f"predicted on {self._device}: first token"
+        return (
+            f"FLOPs of {', '.join(parts)} (one token); KV cache {size(self.cost.kv_bytes)}; {times} "
+            f"{ms(self.cost.first_token_s)} ms, then {ms(self.cost.decode.time_s)} ms a token"
+        )
 
 
 def report(program: Program, **sizes: Any) -> Report:
-    """What the passes did to a program; sizes as `foveate.cost` takes them."""
+    """What the passes did to a program; sizes as `foveate.cost` takes them, the device by default as for passes."""
+    sizes = {"device": default_device(program), **sizes}
     return Report(program.info, tuple(program.passes), cost_of(program, **sizes), sizes)
 
 
@@ -82,11 +98,11 @@ def _about(record: PassRecord) -> list[str]:
     cost = record.cost or {}
     effects = [_effect(name, *cost[name]) for name in LABELS if name in cost]
     if effects:
-        lines.append("; ".join(effects))
+        lines.append("; ".join(effects) + f" on {record.device}" * ("prefill_s" in cost))
     return lines
 
 
-def _effect(name: str, before: int, after: int) -> str:
+def _effect(name: str, before: float, after: float) -> str:
     show = UNITS[name]
     change = f" ({100 * (after - before) / before:+.0f}%)" if before else ""
     if before == after:

@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
 
 
 def test_every_command_in_the_list_exists_and_has_json(run: Run) -> None:
-    assert list(COMMANDS) == ["passes", "optimize", "run", "bench", "eval", "demo"]
+    assert list(COMMANDS) == ["passes", "cost", "snapshot", "diff", "optimize", "run", "bench", "eval", "demo"]
     listed = run("--help").stdout
     for name in COMMANDS:
         shown = run(name, "--help")
@@ -52,7 +52,7 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
     [
         (["nope"], "No such command 'nope'"),
         (["passes", "--nope"], "No such option"),
-        (["bench"], "Missing argument 'MODEL'"),
+        (["eval"], "Missing argument 'MODEL'"),
         (["bench", "digits", "--passes", "fastv", "--backend", "gpu"], "'gpu' is not one of"),
         (["bench", "digits", "--passes", "fastv", "--repeat", "0"], "0 is not in the range"),
         (["bench", "digits", "--passes", "fastv{layer=2"], "not closed"),

@@ -78,7 +78,12 @@ def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch,
         raise ConnectionError
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(folder))
+
+    def cached(name: str, local_files_only: bool, **options: object) -> str:
+        assert local_files_only
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
     assert load_model("someone/some-model").model.config.text_config.num_hidden_layers == LAYERS
 
 
@@ -106,7 +111,7 @@ def test_a_family_that_is_not_supported(run: Run, copy: Path) -> None:
     result = run("optimize", copy, "--passes", "", "-o", copy / "out")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: model family 'bert'")
-    assert "supported: llava" in result.stderr
+    assert "supported: internvl, llava" in result.stderr
 
 
 def test_pickled_weights_are_not_read(copy: Path) -> None:

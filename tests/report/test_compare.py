@@ -6,10 +6,11 @@ from typing import Any
 
 from foveate.bench import Timing
 from foveate.evaluate import Score, agreement
-from foveate.ir.cost import Cost, GraphCost
+from foveate.ir.cost import Cost
+from foveate.ir.cost.work import Work
 from foveate.report.compare import Row, losses
 
-SPENT = Cost(GraphCost(10, 1, 0.5), GraphCost(30, 1, 1.0), GraphCost(1, 1, 0.1), kv_bytes=8, peak_bytes=9)
+SPENT = Cost(Work(10, time_s=0.5), Work(30, time_s=1.0), Work(1, time_s=0.1), kv_bytes=8, peak_bytes=9, parameters=7)
 
 
 def row(name: str, prefill: float, decode: float) -> Row:

@@ -44,7 +44,7 @@ def test_json_is_plain_data(opt: OptimizedModel) -> None:
     first, _, last = told["passes"]
     before, after = first["cost"]["prefill_flops"]
     assert before > after > last["cost"]["prefill_flops"][1]
-    assert told["sizes"] == {"text_tokens": 7}
+    assert told["sizes"] == {"text_tokens": 7, "device": "cpu"}
     assert told["cost"] == foveate.cost(opt.program, text_tokens=7).to_json()
 
 
