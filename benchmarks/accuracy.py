@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import foveate
-from foveate.bench import environment
 from foveate.evaluate import evaluate
 from foveate.ir.program import Program
+from foveate.machine import environment
 from foveate.models import digits
 from foveate.report.compare import batch_inputs, token_counts
 

@@ -23,7 +23,7 @@ ALLOWED = {
     "streams": BASE | {"ir"},
     "model": BASE | {"ir", "backends", "cache", "streams", "artifact", "report"},
 }
-EVERYTHING = {"api", "artifact", "cli", "report", "bench", "evaluate", "__init__"}
+EVERYTHING = {"api", "artifact", "cli", "report", "bench", "evaluate", "machine", "__init__"}
 
 
 def imported(path: Path) -> set[str]:

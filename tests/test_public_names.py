@@ -10,7 +10,7 @@ import foveate.passes
 
 
 def test_public_names():
-    assert foveate.__all__ == ["OptimizedModel", "__version__", "cost", "load", "optimize", "trace"]
+    assert foveate.__all__ == ["OptimizedModel", "__version__", "cost", "diff", "load", "optimize", "trace"]
     assert dir(foveate) == sorted(foveate.__all__)
     for name in foveate.__all__:
         assert getattr(foveate, name) is not None

@@ -1,0 +1,58 @@
+"""Shipped recipes on shipped configurations against committed snapshots: what a change does to them must be meant.
+
+FOVEATE_UPDATE_GOLDEN=1 writes the snapshots anew; read the git diff before committing it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import foveate
+from foveate.ir.program import Program
+from foveate.ir.snapshot import read_snapshot, snapshot
+from foveate.models import configs, digits
+from foveate.models.registry import trace_program
+from foveate.passes.pipeline import apply_pipeline, recipes
+from tests.shipped import with_passes
+
+GOLDEN = Path(__file__).parent / "golden" / "snapshots"
+DIGITS = "digits-yopo"
+CASES = [(name, recipe) for name in configs.names() for recipe in recipes() if recipe != DIGITS]
+MOST_BYTES = 300_000
+
+
+def check(name: str, recipe: str, make: Callable[[], Program], device: str) -> None:
+    made = snapshot(make(), name=name, device=device)
+    path = GOLDEN / f"{name}.{recipe}.json"
+    assert len(made.to_text()) < MOST_BYTES
+    if os.environ.get("FOVEATE_UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(made.to_text(), encoding="utf-8")
+    golden = read_snapshot(path)
+    if made.to_text() == golden.to_text():
+        return
+    found = foveate.diff(golden, made)
+    if made.data["versions"] != golden.data["versions"] and found.changed:
+        pytest.skip(f"snapshots are of {golden.data['versions']}, this is {made.data['versions']}")
+    assert not found.changed, f"{path.name} is no longer what the recipe gives:\n{found.to_text()}"
+    same = {**made.data, "versions": golden.data["versions"]}
+    assert same == golden.data, f"{path.name}: the graphs are the same, but what is said of them is not"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "recipe"), CASES)
+def test_shipped_recipes_give_their_snapshots(name: str, recipe: str) -> None:
+    check(name, recipe, lambda: with_passes(name, f"recipe:{recipe}"), "h100")
+
+
+def test_the_recipe_of_digits_gives_its_snapshot() -> None:
+    check("digits", DIGITS, lambda: apply_pipeline(trace_program(digits.load()[0]), f"recipe:{DIGITS}"), "cpu")
+
+
+def test_no_snapshot_is_left_of_a_recipe_that_is_gone() -> None:
+    names = {f"{name}.{recipe}.json" for name, recipe in [*CASES, ("digits", DIGITS)]}
+    assert {path.name for path in GOLDEN.iterdir()} == names
