@@ -23,12 +23,13 @@ GOLDEN = Path(__file__).parent / "golden" / "snapshots"
 DIGITS = "digits-yopo"
 CASES = [(name, recipe) for name in configs.names() for recipe in recipes() if recipe != DIGITS]
 MOST_BYTES = 300_000
+"""Of a model with 32 layers; deeper ones may be larger in proportion."""
 
 
 def check(name: str, recipe: str, make: Callable[[], Program], device: str) -> None:
     made = snapshot(make(), name=name, device=device)
     path = GOLDEN / f"{name}.{recipe}.json"
-    assert len(made.to_text()) < MOST_BYTES
+    assert len(made.to_text()) < MOST_BYTES * max(1, made.data["model"]["layers"] / 32)
     if os.environ.get("FOVEATE_UPDATE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(made.to_text(), encoding="utf-8")

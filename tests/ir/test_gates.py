@@ -106,8 +106,8 @@ def test_a_quantity_that_one_side_lacks(text: str) -> None:
     [
         ("prefill.flops>+1%", "+1%"),
         ("new>+1%", "infinite"),
-        ("kv_bytes>+1", "-1.04858e+08"),
-        ("prefill.flops>1", "1010"),
+        ("kv_bytes>+1", "-104,857,600"),
+        ("prefill.flops>1", "1,010"),
     ],
 )
 def test_what_was_measured_is_readable(text: str, shown: str) -> None:

@@ -104,7 +104,8 @@ class GateResult:
             return "infinite"
         if self.gate.kind == "relative":
             return f"{100 * self.value:+.4g}%"
-        return f"{self.value:+.6g}" if self.gate.kind == "change" else f"{self.value:.6g}"
+        sign = "+" if self.gate.kind == "change" else ""
+        return format(self.value, f"{sign},.0f" if self.value.is_integer() else f"{sign}.6g")
 
 
 def check_gates(gates: Iterable[str], diff: Mapping[str, Any]) -> list[GateResult]:
