@@ -13,7 +13,7 @@ def test_calibration_finds_plausible_rates() -> None:
     device = calibrate(64, 64, 64, seconds=0.1)
     assert 1e6 < device.flops_per_s["float32"] < 1e15
     assert 1e8 < device.bytes_per_s < 1e14
-    assert 1e-8 < device.op_s < 1e-2
+    assert 0 <= device.op_s < 1e-2, "a rate this small may explain all of a model's time"
     assert 0 < device.attention <= 1
     assert cost_of(traced()[1], device=device).prefill.time_s > 0
 

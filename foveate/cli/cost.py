@@ -115,19 +115,21 @@ def _setting(
 
 
 def _show(out: Out, report: ForecastReport) -> None:
-    from foveate.report.figures import count, folded, ms, size, spaced, times
+    from foveate.report.figures import count, ms, size, spaced, times
 
     told = report.setting
     out.say(
-        folded(
+        _folded(
+            out,
             f"{told['model']} on {report.device.name}: {told['visual_tokens']} visual + {told['text_tokens']} text "
-            f"tokens, batch {told['batch']}, predicted"
+            f"tokens, batch {told['batch']}, predicted",
         )
     )
     named = list(zip(report.labels, report.rows, strict=True))
     for label, row in named[1:]:
-        out.say(folded(f"{label}: {spaced(row.name)}"))
-    shown = table(None, "model", "FLOPs", "prefill ms", "bound", "vision ms", "decode ms", "KV cache", "peak")
+        out.say(_folded(out, f"{label}: {spaced(row.name)}"))
+    shown = table(None, "model", "FLOPs", "prefill\nms", "bound", "vision\nms", "decode\nms", "KV\ncache", "peak")
+    shown.columns[0].min_width = len("dense")
     for label, row in named:
         spent = row.cost
         shown.add_row(
@@ -150,9 +152,15 @@ def _show(out: Out, report: ForecastReport) -> None:
         out.say(shown)
     if told["convention"] != "actual":
         for label, row in named:
-            out.say(folded(f"as {told['convention']} counts, {label}: {_published(told, row)}"))
+            out.say(_folded(out, f"as {told['convention']} counts, {label}: {_published(told, row)}"))
     for warning in report.warnings():
-        out.say(folded(f"WARNING: {warning}"))
+        out.say(_folded(out, f"WARNING: {warning}"))
+
+
+def _folded(out: Out, text: str) -> str:
+    from foveate.report.figures import folded
+
+    return folded(text, min(80, out.console.width))
 
 
 def _published(told: Any, row: Row) -> str:

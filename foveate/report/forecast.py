@@ -81,9 +81,9 @@ class ForecastReport:
         for label, row in zip(self.labels[1:], self.recipes, strict=True):
             gain = self.speedup(row)["first_token_time"]
             if gain is not None and gain < WORTH:
+                what = "slower than dense" if gain < 1 else "no gain worth having"
                 said.append(
-                    f"{label}: predicted gain to the first token {times(gain)}, which is no gain worth "
-                    f"having (under {times(WORTH)}): {'; '.join(self.reasons(row))}"
+                    f"{label}: predicted {times(gain)} to the first token, {what}: {'; '.join(self.reasons(row))}"
                 )
         for label, row in zip(self.labels, self.rows, strict=True):
             if 0 < self.device.memory_bytes < row.cost.peak_bytes:
@@ -113,7 +113,7 @@ class ForecastReport:
                 f"text tokens read every weight anyway: {ms(reading)} of {ms(spent.prefill.time_s)} ms of the prefill"
             )
         if spent.prefill.bound == "overhead":
-            found.append("most ops are shorter than the shortest this device can run")
+            found.append("most of the time is what each op takes besides its work")
         if selection > 0.5 * max(saved, 0):
             found.append(f"selecting costs {ms(selection)} ms, what it saves is {ms(max(saved, 0))} ms")
         return found or ["what it removes is not what the time goes to"]

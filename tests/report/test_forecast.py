@@ -65,7 +65,7 @@ def test_a_recipe_that_gains_is_not_warned_of() -> None:
 
 def test_a_recipe_that_removes_hardly_anything() -> None:
     said = reasons("random-prune{layer=1,keep=0.999}")
-    assert "A: predicted gain to the first token 0.98x" in said
+    assert "A: predicted 0.98x to the first token, slower than dense" in said
     assert "of the prefill FLOPs" in said
 
 
@@ -88,7 +88,7 @@ def test_a_selection_that_costs_more_than_it_saves() -> None:
     slow = Device("d", {"float32": 1e14}, 1e13, op_s=1e-3)
     said = reasons("fastv{layer=1,keep=0.5}", device=slow)
     assert "selecting costs" in said
-    assert "shorter than the shortest" in said
+    assert "what each op takes besides its work" in said
 
 
 def test_a_vision_tower_that_takes_all_the_time() -> None:

@@ -26,8 +26,8 @@ _WIDER = {"int4": "int8", "int8": "float16", "float8": "bfloat16", "bfloat16": "
 class Device:
     """A machine: peak rates by number format in FLOP/s, memory bandwidth in byte/s.
 
-    memory_bytes: what fits, 0 if unknown. op_s: seconds that the shortest op takes. attention: share of the rate
-    that attention reaches. fused: whether chains of elementwise ops run as one kernel.
+    memory_bytes: what fits, 0 if unknown. op_s: seconds that each op takes besides its work. attention: share of the
+    rate that attention reaches. fused: whether chains of elementwise ops run as one kernel.
     """
 
     name: str

@@ -54,7 +54,8 @@ FUSABLE = {
 class Work:
     """What is done: FLOPs, bytes by kind (`written` is the part of `activation_bytes` that is stored), seconds.
 
-    compute_s and memory_s are the parts of time_s in which arithmetic, or memory, is what the machine waits for.
+    compute_s and memory_s are the parts of time_s in which arithmetic, or memory, is what the machine waits for; the
+    rest is what every op takes besides.
     """
 
     flops: int = 0
@@ -73,7 +74,7 @@ class Work:
 
     @property
     def bound(self) -> str:
-        """What most of the time goes to: `compute`, `memory`, or `overhead` (ops too small); empty for no time."""
+        """What most of the time goes to: `compute`, `memory`, or `overhead` (of its ops); empty for no time."""
         overhead = self.time_s - self.compute_s - self.memory_s
         parts = {"compute": self.compute_s, "memory": self.memory_s, "overhead": overhead}
         return max(parts, key=lambda name: parts[name]) if self.time_s else ""
@@ -148,17 +149,16 @@ class Meter:
         if node.target in (ops.attention, ops.encoder_attention, ops.varlen_attention):
             rate *= self.device.attention
         compute, memory = computed / rate, sum(moved.values()) / self.device.bytes_per_s
-        least = self.device.op_s if sum(moved.values()) else 0.0
-        time = max(compute, memory, least)
+        overhead = self.device.op_s if sum(moved.values()) else 0.0
         return Work(
             flops,
             moved["weight"],
             moved["activation"],
             moved["kv"],
             written if self.kind(node) == "activation" else 0,
-            time,
-            compute if time == compute else 0.0,
-            memory if time == memory > compute else 0.0,
+            max(compute, memory) + overhead,
+            compute if compute >= memory else 0.0,
+            memory if memory > compute else 0.0,
         )
 
 
