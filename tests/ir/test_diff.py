@@ -19,7 +19,7 @@ from foveate.ir.diff.layers import Graph
 from foveate.ir.diff.words import Change, Heads, parse_value, words_for_change
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.snapshot import Snapshot, read_snapshot, snapshot
-from tests.ir.programs import FFN, LAYERS, PIPELINES, fresh, once, pruned, traced
+from tests.ir.programs import FFN, HEADS, LAYERS, PIPELINES, fresh, once, pruned, traced
 
 SIZES: dict[str, Any] = {"text_tokens": 7, "device": "cpu"}
 ALL = PIPELINES[-1]
@@ -386,3 +386,12 @@ def test_words_for_sizes(change: Change, role: str, words: str) -> None:
 )
 def test_relative_changes(a: float | None, b: float | None, share: float | None) -> None:
     assert change(a, b) == share
+
+
+def test_rows_of_a_projection_are_told_as_heads() -> None:
+    """A head is 8 wide here, and both programs have dropped some."""
+    few, more = (snapshot(pruned(f"drop-visual-heads{{keep={n},from_layer=0}}")) for n in (1, 2))
+    told = [change["what"] for change in diff(few, more).to_json()["graphs"]["prefill"]["changes"]]
+    heads = [what for what in told if what.endswith(" heads") and "see" not in what]
+    assert heads
+    assert all(int(n) <= HEADS for what in heads for n in re.findall(r"\d+", what)), heads

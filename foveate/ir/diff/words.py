@@ -59,8 +59,9 @@ class Heads:
         if role not in self.projections | around | {"kv"}:
             return None
         a, b = int(change.before), int(change.after)
-        if not change.last:
+        if not change.last and role not in self.projections:
             return f"{a} -> {b} heads"
+        # Outputs of a projection, or rows of its weight: as many as its heads are wide.
         return (
             f"{a // self.size} -> {b // self.size} heads"
             if self.size and not (a % self.size or b % self.size)
