@@ -13,7 +13,8 @@ import pytest
 
 import foveate
 from foveate.ir.program import Program
-from foveate.ir.snapshot import read_snapshot, snapshot
+from foveate.ir.snapshot import read_snapshot
+from foveate.ir.snapshot.make import snapshot
 from foveate.models import configs, digits
 from foveate.models.registry import trace_program
 from foveate.passes.pipeline import apply_pipeline, recipes

@@ -121,8 +121,9 @@ def _sides(out: Out, a: tuple[str, str], b: tuple[str, str], options: dict[str, 
     for beside in read.values():
         given = {**_amounts(beside), **amounts}
         dtype = dtype or beside.data["model"]["dtype"]
-    made = _from_models(out, {p: side for p, side in enumerate((a, b)) if p not in read}, dtype, sizes, given)
-    return [read.get(place) or made[place] for place in (0, 1)]
+    rest = {place: side for place, side in enumerate((a, b)) if place not in read}
+    made = {**read, **(_from_models(out, rest, dtype, sizes, given) if rest else {})}
+    return [made[0], made[1]]
 
 
 def _from_models(
@@ -131,7 +132,7 @@ def _from_models(
     """Snapshots of MODELs by place; two recipes of one model are tried on one trace."""
     from foveate.cli.models import is_saved
     from foveate.cli.programs import dense_program, load_program
-    from foveate.ir.snapshot import snapshot
+    from foveate.ir.snapshot.make import snapshot
     from foveate.passes.pipeline import apply_pipeline, resolve
 
     dense: dict[str, Any] = {}

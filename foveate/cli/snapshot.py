@@ -70,7 +70,7 @@ def command(model: str, passes: str, file: str | None, as_json: bool, **options:
         path = None if file is None else _target(file)
         out.tick("tracing", 0, 2)
         name, program = load_program(model, passes, options["dtype"], sizes)
-        from foveate.ir.snapshot import snapshot
+        from foveate.ir.snapshot.make import snapshot
 
         out.tick("writing down", 1, 2)
         made = snapshot(program, name=name, **amounts)

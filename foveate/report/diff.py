@@ -11,17 +11,19 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from foveate.ir.diff import Diff, diff
 from foveate.ir.diff.gates import GateResult, check_gates
-from foveate.ir.program import Program
-from foveate.ir.snapshot import Snapshot, read_snapshot, snapshot
-from foveate.ir.snapshot.make import printable
-from foveate.model import OptimizedModel
+from foveate.ir.snapshot import Snapshot, read_snapshot
+from foveate.ir.snapshot.file import printable
 from foveate.report.figures import count, ms, size
 
-Source = Program | OptimizedModel | Snapshot | str | Path
+if TYPE_CHECKING:
+    from foveate.ir.program import Program
+    from foveate.model import OptimizedModel
+
+Source: TypeAlias = "Program | OptimizedModel | Snapshot | str | Path"
 
 SUMMARY: dict[str, tuple[str, Callable[[float], str]]] = {
     "vision.flops": ("vision FLOPs", count),
@@ -62,7 +64,11 @@ def _snapshot(source: Source, sizes: dict[str, Any]) -> Snapshot:
         return source
     if isinstance(source, (str, Path)):
         return read_snapshot(source)
-    program = source.program if isinstance(source, OptimizedModel) else source
+    # Two files are compared without waiting for torch.
+    from foveate.ir.program import Program
+    from foveate.ir.snapshot.make import snapshot
+
+    program = source if isinstance(source, Program) else source.program
     return snapshot(program, name=program.info.family, **sizes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -48,3 +49,12 @@ def times(ratio: float) -> str:
 def percent(share: float) -> str:
     """0.9375 -> 93.8%."""
     return f"{100 * share:.1f}%"
+
+
+UNITS: dict[str, Callable[[float], str]] = {
+    "prefill_flops": count,
+    "kv_bytes": size,
+    "prefill_s": lambda seconds: f"{ms(seconds)} ms",
+}
+LABELS = {"prefill_flops": "prefill FLOPs", "kv_bytes": "KV cache", "prefill_s": "predicted prefill"}
+"""What a pass changes, as `foveate.ir.cost.prefill_cost` names it: how it is shown, and called."""

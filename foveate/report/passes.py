@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from foveate.ir.cost import Cost, cost_of, default_device
 from foveate.ir.cost.devices import device_of
 from foveate.ir.program import ModelInfo, PassRecord, Program
-from foveate.report.figures import count, ms, size
-
-UNITS: dict[str, Callable[[float], str]] = {
-    "prefill_flops": count,
-    "kv_bytes": size,
-    "prefill_s": lambda seconds: f"{ms(seconds)} ms",
-}
-LABELS = {"prefill_flops": "prefill FLOPs", "kv_bytes": "KV cache", "prefill_s": "predicted prefill"}
+from foveate.report.figures import LABELS, UNITS, count, ms, size
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,17 @@ def test_random_weights_of_any_size(run: Run) -> None:
     )
     assert result.exit_code == 0, result.stderr
     assert "visual gate/up/down: 48 -> 24  (drop-visual-neurons)" in result.stdout
+
+
+@pytest.mark.parametrize("form", ["text", "html", "json"])
+def test_two_files_are_compared_without_waiting_for_torch(form: str) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "snapshots"
+    files = [str(golden / f"llava-1.5-7b.{recipe}.json") for recipe in ("yopo-12", "yopo-25")]
+    words = ["diff", *files, "--format", form]
+    code = (
+        "import sys\nfrom foveate.cli.main import cli\n"
+        f"try: cli({words!r}, prog_name='foveate')\nexcept SystemExit as end: assert not end.code\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "False"

@@ -18,7 +18,8 @@ from foveate.ir.diff.compare import change
 from foveate.ir.diff.layers import Graph
 from foveate.ir.diff.words import Change, Heads, parse_value, words_for_change
 from foveate.ir.rewriter import Rewriter
-from foveate.ir.snapshot import Snapshot, read_snapshot, snapshot
+from foveate.ir.snapshot import Snapshot, read_snapshot
+from foveate.ir.snapshot.make import snapshot
 from tests.ir.programs import FFN, HEADS, LAYERS, PIPELINES, fresh, once, pruned, traced
 
 SIZES: dict[str, Any] = {"text_tokens": 7, "device": "cpu"}

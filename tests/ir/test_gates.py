@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from foveate.errors import InputError
 from foveate.ir.diff import diff
 from foveate.ir.diff.gates import Gate, check_gates, figures
-from foveate.ir.snapshot import snapshot
+from foveate.ir.snapshot.make import snapshot
 from tests.ir.programs import pruned, traced
 
 FIGURES: dict[str, tuple[float | None, float | None]] = {

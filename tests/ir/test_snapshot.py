@@ -20,9 +20,10 @@ from foveate.errors import ArtifactError, InputError
 from foveate.ir.cost import breakdown, cost_of
 from foveate.ir.program import NodeInfo, PassRecord
 from foveate.ir.rewriter import Rewriter
-from foveate.ir.snapshot import Snapshot, read_snapshot, snapshot
+from foveate.ir.snapshot import Snapshot, read_snapshot
 from foveate.ir.snapshot.check import MAX_BYTES
 from foveate.ir.snapshot.graph import weight_path
+from foveate.ir.snapshot.make import snapshot
 from tests.ir.programs import FFN, LAYERS, PIPELINES, fresh, once, pruned, traced
 
 SIZES: dict[str, Any] = {"text_tokens": 7, "device": "cpu"}
@@ -162,7 +163,7 @@ def test_a_short_name_that_is_taken_stays_long() -> None:
 def test_another_process_writes_the_same_bytes() -> None:
     pipeline = "fastv{layer=1,keep=0.5},drop-visual-heads{keep=2,from_layer=1}"
     code = (
-        "import sys; from tests.ir.programs import pruned; from foveate.ir.snapshot import snapshot;"
+        "import sys; from tests.ir.programs import pruned; from foveate.ir.snapshot.make import snapshot;"
         f"sys.stdout.write(snapshot(pruned({pipeline!r}), name='x').to_text())"
     )
     root = Path(__file__).parents[2]

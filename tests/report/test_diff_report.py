@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from foveate.errors import ArtifactError, InputError
-from foveate.ir.snapshot import Snapshot, snapshot
+from foveate.ir.snapshot import Snapshot
+from foveate.ir.snapshot.make import snapshot
 from foveate.report.diff import COMMENT, DiffReport, diff_report
 from tests.ir.programs import once, optimized, pruned, traced
 

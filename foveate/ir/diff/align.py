@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from foveate.ir.diff.layers import Cell, Layer, Node
-from foveate.ir.snapshot.graph import PREVIOUS
+from foveate.ir.snapshot.folding import PREVIOUS
 
 MOST = 40_000
 """Pairs of nodes of one cell that are weighed against each other; beyond it, nodes are aligned by place."""

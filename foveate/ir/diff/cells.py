@@ -16,7 +16,7 @@ from foveate.ir.diff.words import (
     words_for_new,
     words_for_ops,
 )
-from foveate.ir.snapshot.graph import fold
+from foveate.ir.snapshot.folding import fold
 
 Phrases = list[tuple[str, list[str]]]
 """Changes in words, each with the passes behind it."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foveate.ir.diff.cells import Suspects, folded_changes, sections
 from foveate.ir.diff.graphs import LayerDiff, compare
 from foveate.ir.diff.layers import Graph
 from foveate.ir.diff.words import Heads
-from foveate.ir.program import Program
-from foveate.ir.snapshot import Snapshot, snapshot
+from foveate.ir.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from foveate.ir.program import Program
 
 EMPTY: dict[str, Any] = {"inputs": [], "sections": [], "returns": {}}
 """A graph that one of the programs does not have."""
@@ -98,7 +100,7 @@ class Diff:
 
 def diff(a: Snapshot | Program, b: Snapshot | Program) -> Diff:
     """What is different in `b`. Programs are compared by their snapshots at default sizes."""
-    one, other = (x if isinstance(x, Snapshot) else snapshot(x) for x in (a, b))
+    one, other = (x if isinstance(x, Snapshot) else _taken(x) for x in (a, b))
     heads = Heads.of(other.data["model"])
     left, right = one.data["graphs"], other.data["graphs"]
     graphs = {name: _pair(name, one, other) for name in dict.fromkeys([*left, *right])}
@@ -111,6 +113,13 @@ def diff(a: Snapshot | Program, b: Snapshot | Program) -> Diff:
         # The decode graph is derived from the prefill graph, so that no pass leaves its name there.
         found["decode"] = replace(found["decode"], suspects=replace(suspects, known=_known(found["prefill"])))
     return Diff(one, other, found)
+
+
+def _taken(program: Program) -> Snapshot:
+    # Two files are compared without waiting for torch.
+    from foveate.ir.snapshot.make import snapshot
+
+    return snapshot(program)
 
 
 def _about(snap: Snapshot) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from foveate.ir.snapshot.graph import PREVIOUS
+from foveate.ir.snapshot.folding import PREVIOUS
 
 INPUTS = -1
 """The layer that a graph's inputs count to."""

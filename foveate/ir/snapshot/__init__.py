@@ -1,6 +1,5 @@
-"""Stable pictures of programs, to be committed and compared."""
+"""Stable pictures of programs, to be committed and compared; `make` takes them, and alone needs torch."""
 
 from foveate.ir.snapshot.file import Snapshot, read_snapshot
-from foveate.ir.snapshot.make import snapshot
 
-__all__ = ["Snapshot", "read_snapshot", "snapshot"]
+__all__ = ["Snapshot", "read_snapshot"]

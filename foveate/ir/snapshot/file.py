@@ -35,6 +35,11 @@ class Snapshot:
         return [record["text"] for record in self.data["passes"] if record["skipped"] is None]
 
 
+def printable(text: str) -> str:
+    """One line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def read_snapshot(source: str | Path) -> Snapshot:
     """A snapshot from a path, or from the text of a file (text starts with a brace).
 

@@ -17,29 +17,16 @@ from torch import fx
 
 from foveate.ir.program import Program, info, outputs
 from foveate.ir.rewriter import map_arg
+from foveate.ir.snapshot.folding import LAYER, PREVIOUS, fold
 from foveate.ir.text import call_text, value_text
 
 FAR = 1 << 20
 """Where the graph's own result is read: after every layer."""
 
-PREVIOUS = "prev."
-LAYER = "{l}"
-
 
 def graph_data(program: Program, graph: fx.Graph) -> dict[str, Any]:
     """`inputs`, `sections` (layers with equal nodes folded) and `returns` of a graph, in its own order."""
     return _Spelling(program, graph).data()
-
-
-def fold(layers: dict[int, Any]) -> list[tuple[list[int], Any]]:
-    """Consecutive layers with equal content as ([first, last], content)."""
-    folded: list[tuple[list[int], Any]] = []
-    for layer, content in sorted(layers.items()):
-        if folded and folded[-1][0][1] == layer - 1 and folded[-1][1] == content:
-            folded[-1][0][1] = layer
-        else:
-            folded.append(([layer, layer], content))
-    return folded
 
 
 class _Spelling:

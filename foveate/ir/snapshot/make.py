@@ -20,8 +20,9 @@ from foveate.errors import InputError
 from foveate.ir.cost import breakdown, cost_of, default_device
 from foveate.ir.cost.devices import device_of
 from foveate.ir.program import PassRecord, Program, layer_kv
-from foveate.ir.snapshot.file import FORMAT, Snapshot
-from foveate.ir.snapshot.graph import fold, graph_data
+from foveate.ir.snapshot.file import FORMAT, Snapshot, printable
+from foveate.ir.snapshot.folding import fold
+from foveate.ir.snapshot.graph import graph_data
 from foveate.ir.text import value_text
 
 DIGITS = 6
@@ -83,11 +84,6 @@ def _record(record: PassRecord) -> dict[str, Any]:
         "cost": _rounded({k: list(v) for k, v in record.cost.items()}) if record.cost else None,
         "device": record.device,
     }
-
-
-def printable(text: str) -> str:
-    """One line without control characters."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _sizes(program: Program, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from foveate.report.figures import size
+from foveate.report.figures import LABELS, UNITS, size
 from foveate.report.page.charts import by_layer
 from foveate.report.page.figures import arrows, change_text, layers_text, number
 from foveate.report.page.markup import Html, join, tag
-from foveate.report.passes import LABELS, UNITS
 
 SIGNS = {"same": "=", "changed": "~", "removed": "\N{MINUS SIGN}", "added": "+"}
 MOST_OPEN = 60
