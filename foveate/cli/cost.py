@@ -59,7 +59,10 @@ def command(model: str, recipes: tuple[str, ...], plot: str | None, as_json: boo
         raise UseError('--modules are counted in recipes: add one with --passes ("" for modules without pruning)')
     with talking(as_json) as out:
         if plot:
+            from foveate.report.plot import check_matplotlib
+
             check_file(plot, ".png")
+            check_matplotlib()
         dense, programs, name = forecast_programs(model, recipes, options["dtype"], sizes, out.tick)
         from foveate.ir.cost import default_device
         from foveate.report.forecast import forecast_report

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from foveate.errors import UnsupportedModelError
+from foveate.ir.collector import collector_paused
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import Program, Symbols, Weights
 from foveate.ir.rules import verify
@@ -49,6 +50,7 @@ def check_runs(kind: str) -> None:
         )
 
 
+@collector_paused()
 def trace_program(model: Any) -> Program:
     """The program of a model: `vision`, `prefill` (in split form) and `decode` graphs over the model's own weights.
 

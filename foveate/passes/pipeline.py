@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from foveate.errors import FoveateWarning, PassError
+from foveate.ir.collector import collector_paused
 from foveate.ir.cost import default_device, prefill_cost
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import Program
@@ -32,6 +33,7 @@ PASSES: dict[str, type[Pass]] = {
 Passes = str | Pass | Sequence[Pass]
 
 
+@collector_paused()
 def apply_pipeline(program: Program, passes: Passes | None) -> Program:
     """Apply passes to a traced program, in place, in order; the decode graph follows.
 
@@ -45,7 +47,7 @@ def apply_pipeline(program: Program, passes: Passes | None) -> Program:
         program.passes.append(dataclasses.replace(record, cost=effect, device=device))
         before = after
         if record.skipped:
-            warnings.warn(f"{record.text} changed nothing: {record.skipped}", FoveateWarning, stacklevel=3)
+            warnings.warn(f"{record.text} changed nothing: {record.skipped}", FoveateWarning, stacklevel=4)
     program.graphs["decode"] = derive_decode(program)
     verify(program)
     return program

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from importlib.util import find_spec
 from typing import Any
 
 from foveate.errors import FoveateError
@@ -17,15 +18,20 @@ MARKERS = "osD^vP"
 INK = "#222222"
 
 
+def check_matplotlib() -> None:
+    """Raise FoveateError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise FoveateError('a plot needs matplotlib: pip install "foveate[plot]"')
+
+
 def forecast_png(report: ForecastReport) -> bytes:
     """A PNG: above, FLOP/s over FLOPs per byte under the device's roof; below, predicted time layer by layer.
 
     Raises FoveateError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FoveateError('a plot needs matplotlib: pip install "foveate[plot]"') from None
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     amounts = {**report.amounts, "device": report.device}
     layers = [breakdown(row.program, ["layer", "stream"], **amounts)["prefill"] for row in report.rows]
     figure = Figure(figsize=(9, 4.2 + 1.5 * len(layers)), layout="constrained")

@@ -102,6 +102,17 @@ def test_a_plot(run: Any, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_without_matplotlib_is_refused_before_the_work(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foveate.report import plot
+
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    result = run("cost", *TINY, "--plot", tmp_path / "out.png")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "foveate[plot]" in result.stderr
+
+
 def test_a_gain_that_is_none_is_told(run: Any) -> None:
     result = run("cost", *TINY, "-p", "random-prune{layer=2,keep=0.9}")
     assert result.exit_code == 0
