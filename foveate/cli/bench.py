@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from foveate.cli.options import DTYPES, backend_option, given_sizes, json_option, size_options
+from foveate.cli.options import AT_LEAST_ONE, DTYPES, backend_option, given_sizes, json_option, size_options
 from foveate.cli.output import Out, table, talking
 
 if TYPE_CHECKING:
     from foveate.bench import Bench
-
-AT_LEAST_ONE = click.IntRange(min=1)
 
 
 @click.command("bench")

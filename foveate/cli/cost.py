@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from foveate.cli.options import given_sizes, json_option, size_options
+from foveate.cli.amounts import amount_options, taken
+from foveate.cli.options import json_option
 from foveate.cli.output import Out, table, talking
 
 if TYPE_CHECKING:
     from foveate.report.forecast import ForecastReport, Row
 
-AT_LEAST_ONE = click.IntRange(min=1)
 NOT_NEGATIVE = click.IntRange(min=0)
-DTYPES = ("float32", "bfloat16", "float16", "float8", "int8", "int4")
 BITS = click.Choice(["4", "8", "16", "32"])
 CONVENTIONS = ("actual", "yopo", "lvpruning", "llm-viewer")
 TOP = 12
@@ -26,13 +25,9 @@ TOP = 12
 @click.option(
     "--passes", "-p", "recipes", multiple=True, metavar="P", help="A pipeline or recipe; give it again for another one."
 )
-@click.option("--device", help="A known device, or a YAML file with one.  [default: h100, or cpu for fp32]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Activations and arithmetic.  [default: the model's]")
 @click.option("--weight-bits", type=BITS, help="Bits of weight matrices.  [default: as dtype]")
 @click.option("--kv-bits", type=BITS, help="Bits of the cache.  [default: as dtype]")
-@click.option("--text-tokens", type=AT_LEAST_ONE, default=60, show_default=True, help="Text tokens of a prompt.")
 @click.option("--images", type=NOT_NEGATIVE, default=1, show_default=True, help="Images (or tiles) of a prompt.")
-@click.option("--batch", type=AT_LEAST_ONE, default=1, show_default=True, help="Prompts at once.")
 @click.option("--new-tokens", type=NOT_NEGATIVE, default=0, show_default=True, help="Length of the answer.")
 @click.option(
     "--convention", type=click.Choice(CONVENTIONS), default="actual", show_default=True, help="What is counted."
@@ -40,7 +35,7 @@ TOP = 12
 @click.option("--modules", metavar="L,L,...", help="lvpruning: layers before which recipes have a decision module.")
 @click.option("--breakdown", type=click.Choice(["layer", "role", "stream"]), help="Where the prefill time goes.")
 @click.option("--plot", metavar="FILE.png", help="Draw roofline and layers.")
-@size_options
+@amount_options
 @json_option
 def command(model: str, recipes: tuple[str, ...], plot: str | None, as_json: bool, **options: Any) -> None:
     """What MODEL costs, dense and after passes: FLOPs, memory, and time predicted on a device.
@@ -52,7 +47,6 @@ def command(model: str, recipes: tuple[str, ...], plot: str | None, as_json: boo
     from foveate.cli.folders import check_file
     from foveate.cli.programs import forecast_programs
 
-    sizes = given_sizes(options)
     by, convention = options.pop("breakdown"), options.pop("convention")
     modules = _layers(options.pop("modules"))
     if modules and not recipes:
@@ -63,13 +57,15 @@ def command(model: str, recipes: tuple[str, ...], plot: str | None, as_json: boo
 
             check_file(plot, ".png")
             check_matplotlib()
+        bits = {name: int(options[name]) for name in ("weight_bits", "kv_bits") if options[name]}
+        sizes, amounts = taken({**options, **bits}, (model,))
         dense, programs, name = forecast_programs(model, recipes, options["dtype"], sizes, out.tick)
         from foveate.ir.cost import default_device
         from foveate.report.forecast import forecast_report
 
-        amounts = _amounts(options, sizes)
-        device = amounts.pop("device") or default_device(dense)
-        setting = _setting(name, list(programs), device, convention, amounts, dense)
+        device = amounts.pop("device", None) or default_device(dense)
+        first = next(iter(programs), "")
+        setting = {"model": name, "passes": first, "device": device, "convention": convention, **amounts}
         out.tick("counting", 0, 1)
         report = forecast_report(
             dense, programs, setting=setting, device=device, convention=convention, modules=modules, **amounts
@@ -78,7 +74,7 @@ def command(model: str, recipes: tuple[str, ...], plot: str | None, as_json: boo
         _show(out, report)
         told = report.to_json()
         if by:
-            told["breakdown"] = _breakdown(out, report, by, {**amounts, "device": report.device})
+            told["breakdown"] = _breakdown(out, report, by)
         if plot:
             from foveate.cli.folders import write_whole
             from foveate.report.plot import forecast_png
@@ -95,26 +91,6 @@ def _layers(text: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in (text or "").split(",") if part.strip())
     except ValueError:
         raise UseError(f"--modules {text}: layer numbers with commas between, such as 1,8,16") from None
-
-
-def _amounts(options: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """Arguments of `foveate.cost` from the command's options."""
-    bits = {name: int(options[name]) if options[name] else None for name in ("weight_bits", "kv_bits")}
-    return {**options, **bits, "visual_tokens": sizes.get("visual_tokens")}
-
-
-def _setting(
-    name: str, recipes: list[str], device: str, convention: str, amounts: dict[str, Any], dense: Any
-) -> dict[str, Any]:
-    tokens = amounts["visual_tokens"]
-    return {
-        "model": name,
-        "passes": recipes[0] if recipes else "",
-        "device": device,
-        "convention": convention,
-        **amounts,
-        "visual_tokens": amounts["images"] * dense.info.tokens_per_image if tokens is None else tokens,
-    }
 
 
 def _show(out: Out, report: ForecastReport) -> None:
@@ -178,14 +154,13 @@ def _published(told: Any, row: Row) -> str:
     )
 
 
-def _breakdown(out: Out, report: ForecastReport, by: str, amounts: dict[str, Any]) -> list[dict[str, Any]]:
+def _breakdown(out: Out, report: ForecastReport, by: str) -> list[dict[str, Any]]:
     """One table a program: where the time to the first token goes."""
-    from foveate.ir.cost import breakdown
     from foveate.report.figures import count, ms, percent, size
 
     told = []
     for label, row in zip(report.labels, report.rows, strict=True):
-        parts = breakdown(row.program, [by], **amounts)
+        parts = row.forecast.parts([by])
         told.append(
             {"passes": row.name, **{graph: [part.to_json() for part in found] for graph, found in parts.items()}}
         )

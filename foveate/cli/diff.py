@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from foveate.cli.options import json_option
+from foveate.cli.amounts import amount_options, taken
+from foveate.cli.options import PASSES, json_option
 from foveate.cli.output import Out, talking
-from foveate.cli.snapshot import PASSES, amount_options, check_sizes, taken
 
 if TYPE_CHECKING:
     from foveate.ir.snapshot import Snapshot
@@ -94,7 +94,7 @@ def _target(file: str, sources: tuple[str, str]) -> Path:
     from foveate.cli.errors import UseError
     from foveate.cli.folders import check_file
 
-    path = check_file(file, Path(file).suffix)
+    path = check_file(file)
     if path.resolve() in {Path(source).expanduser().resolve() for source in sources}:
         raise UseError(f"output file {file} is one of the two that are compared")
     return path
@@ -106,17 +106,16 @@ def _sides(out: Out, a: tuple[str, str], b: tuple[str, str], options: dict[str, 
     from foveate.ir.snapshot import read_snapshot
 
     dtype = options["dtype"]
-    sizes, amounts = taken(options)
     read: dict[int, Snapshot] = {}
     for place, ((name, passes), label) in enumerate(((a, "a"), (b, "b"))):
         if Path(name).expanduser().is_file():
             if passes:
                 raise UseError(f"{name} is a snapshot and has its passes already; leave --passes-{label} out")
             read[place] = read_snapshot(Path(name))
-    if len(read) == 2 and (amounts or sizes):
+    models = [name for place, (name, _) in enumerate((a, b)) if place not in read]
+    if not models and any(value is not None for value in options.values()):
         raise UseError("both are snapshots, and costed already; leave sizes, --device and --dtype out")
-    models = tuple(name for place, (name, _) in enumerate((a, b)) if place not in read)
-    check_sizes(models, sizes)
+    sizes, amounts = taken(options, models)
     given = amounts
     for beside in read.values():
         given = {**_amounts(beside), **amounts}

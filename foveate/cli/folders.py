@@ -49,10 +49,10 @@ def own_folder(name: str, marker: str) -> Path:
     return target
 
 
-def check_file(name: str, ending: str) -> Path:
-    """Where a file is to be written; UseError before the work where it cannot be, or has another ending."""
+def check_file(name: str, ending: str | None = None) -> Path:
+    """Where a file is to be written; UseError before the work where it cannot be, or has another ending than asked."""
     path = Path(name).expanduser()
-    if path.suffix != ending:
+    if ending and path.suffix != ending:
         raise UseError(f"output file {name} must end in {ending}")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UseError(f"output file {name}: there is no folder {path.absolute().parent} to write a file in")

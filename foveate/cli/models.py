@@ -46,7 +46,7 @@ def load_model(name: str, sizes: Mapping[str, int] | None = None, dtype: str | N
     if name == DIGITS:
         loaded = _digits()
     elif name == RANDOM:
-        loaded = _random(dict(sizes or {}), dtype)
+        loaded = Loaded(RANDOM, random_model(sizes or {}, dtype), _no_processor)
     else:
         loaded = _from_folder(name, find_folder(name))
     if dtype is not None:
@@ -120,22 +120,23 @@ def _digits() -> Loaded:
     return Loaded(DIGITS, model, lambda: processor)
 
 
-def _random(sizes: dict[str, int], dtype: str | None) -> Loaded:
+def random_model(sizes: Mapping[str, int], dtype: str | None = None, device: str = "cpu") -> Any:
+    """`random:llava` of given sizes, as in `options.SIZES`; UseError where they make no model."""
     import torch
 
     from foveate.models.random import random_llava
-
-    def missing() -> Any:
-        raise UseError(f"{RANDOM} has no processor: it cannot read images or answer")
 
     chosen: dict[str, Any] = {name: default for name, (_, default, _) in SIZES.items() if default is not None}
     # A tower this small leaves the decoder to decide the time.
     tower: dict[str, Any] = {"vision_layers": 2, "vision_hidden": 32, "vision_heads": 2}
     try:
-        model = random_llava(**{**chosen, **sizes}, **tower, dtype=getattr(torch, dtype or "float32"))
+        return random_llava(**{**chosen, **sizes}, **tower, dtype=getattr(torch, dtype or "float32"), device=device)
     except ValueError as error:
         raise UseError(f"{RANDOM}: {error}") from None
-    return Loaded(RANDOM, model, missing)
+
+
+def _no_processor() -> Any:
+    raise UseError(f"{RANDOM} has no processor: it cannot read images or answer")
 
 
 def _from_folder(name: str, folder: Path) -> Loaded:

@@ -11,16 +11,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("eager", "inductor")
 DTYPES = ("float32", "bfloat16", "float16")
+AT_LEAST_ONE = click.IntRange(min=1)
+
+PASSES = 'Passes, as in "fastv{layer=2,keep=0.5},cut-visual{from_layer=6}"; recipe:NAME; a YAML file.'
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 
-passes_option = click.option(
-    "--passes",
-    "-p",
-    required=True,
-    metavar="P",
-    help='Passes, as in "fastv{layer=2,keep=0.5},cut-visual{from_layer=6}"; recipe:NAME; a YAML file.',
-)
+passes_option = click.option("--passes", "-p", required=True, metavar="P", help=PASSES)
 
 backend_option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="eager", show_default=True, help="What runs the graphs."
@@ -41,9 +38,9 @@ def size_options(command: F) -> F:
     """The sizes of `random:llava`; each is None where it was not given."""
     for name, (option, default, text) in reversed(SIZES.items()):
         shown = f" [default: {default}]" if default else ""
-        command = click.option(
-            option, name, type=click.IntRange(min=1), default=None, help=f"random:llava: {text}{shown}"
-        )(command)
+        command = click.option(option, name, type=AT_LEAST_ONE, default=None, help=f"random:llava: {text}{shown}")(
+            command
+        )
     return command
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from foveate.cli.errors import UseError
-from foveate.cli.models import DIGITS, RANDOM, find_config, is_saved, load_model, load_saved
-from foveate.cli.options import SIZES
+from foveate.cli.models import DIGITS, RANDOM, find_config, is_saved, load_model, load_saved, random_model
+from foveate.cli.options import DTYPES
 from foveate.cli.quiet import hush
 
 Tick = Callable[[str, int, int], None]
-
-TOWER = {"vision_layers": 2, "vision_hidden": 32, "vision_heads": 2}
 
 
 def dense_program(name: str, dtype: str | None = None, sizes: Mapping[str, int] | None = None) -> Any:
@@ -30,7 +28,11 @@ def dense_program(name: str, dtype: str | None = None, sizes: Mapping[str, int] 
     if name == DIGITS:
         return trace_program(load_model(name).model)
     if name == RANDOM:
-        return trace_program(_random(dict(sizes or {}), dtype))
+        shape = dict(sizes or {})
+        if math.isqrt(shape.get("visual_tokens", 0)) ** 2 != shape.get("visual_tokens", 0):
+            # The number of tokens is an argument of every forecast, so the model's own image may be another one.
+            del shape["visual_tokens"]
+        return trace_program(random_model(shape, dtype if dtype in DTYPES else None, "meta"))
     import torch
 
     from foveate.models import configs
@@ -75,23 +77,7 @@ def _torch_dtype(name: str | None) -> Any:
     """A torch dtype that a program can be traced in; narrower formats are a matter of the forecast."""
     import torch
 
-    return getattr(torch, name) if name in ("float32", "bfloat16", "float16") else None
-
-
-def _random(sizes: dict[str, int], dtype: str | None) -> Any:
-    import torch
-
-    from foveate.models.random import random_llava
-
-    chosen = {name: default for name, (_, default, _) in SIZES.items() if default is not None} | sizes
-    side = math.isqrt(chosen["visual_tokens"])
-    if side * side != chosen["visual_tokens"]:
-        # The number of tokens is an argument of every forecast, so the model's own image may be another one.
-        chosen["visual_tokens"] = 576
-    try:
-        return random_llava(**chosen, **TOWER, dtype=_torch_dtype(dtype) or torch.float32, device="meta")
-    except ValueError as error:
-        raise UseError(f"{RANDOM}: {error}") from None
+    return getattr(torch, name) if name in DTYPES else None
 
 
 def forecast_programs(

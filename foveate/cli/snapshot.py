@@ -1,52 +1,15 @@
-"""`foveate snapshot`, and the options that it shares with `foveate diff`."""
+"""`foveate snapshot`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from foveate.cli.options import F, given_sizes, json_option, size_options
+from foveate.cli.amounts import amount_options, taken
+from foveate.cli.options import PASSES, json_option
 from foveate.cli.output import talking
-
-DTYPES = ("float32", "bfloat16", "float16", "float8", "int8", "int4")
-AT_LEAST_ONE = click.IntRange(min=1)
-
-PASSES = 'Passes, as in "cut-visual{from_layer=6}"; recipe:NAME; a YAML file.'
-
-
-def amount_options(command: F) -> F:
-    """What the cost is forecast for; each is None where it was not given."""
-    options: tuple[Callable[[F], F], ...] = (
-        click.option("--text-tokens", type=AT_LEAST_ONE, help="Text tokens of a prompt.  [default: 60]"),
-        click.option("--batch", type=AT_LEAST_ONE, help="Prompts at once.  [default: 1]"),
-        click.option("--device", help="A known device, or a YAML file with one.  [default: h100, or cpu for fp32]"),
-        click.option("--dtype", type=click.Choice(DTYPES), help="Activations and arithmetic.  [default: the model's]"),
-        size_options,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def taken(options: dict[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
-    """(sizes of `random:llava`, arguments of `foveate.cost`) from a command's options, what was given of them."""
-    sizes = given_sizes(options)
-    amounts = {"visual_tokens": sizes.get("visual_tokens"), **options}
-    return sizes, {name: value for name, value in amounts.items() if value is not None}
-
-
-def check_sizes(models: tuple[str, ...], sizes: Mapping[str, int]) -> None:
-    """UseError for a size of `random:llava` where none of the models is that."""
-    from foveate.cli.errors import UseError
-    from foveate.cli.models import RANDOM
-    from foveate.cli.options import SIZES
-
-    own = [name for name in sizes if name != "visual_tokens"]
-    if own and RANDOM not in models:
-        raise UseError(f"{SIZES[own[0]][0]} is a size of {RANDOM}; {models[0]} has its own")
 
 
 @click.command("snapshot")
@@ -64,9 +27,8 @@ def command(model: str, passes: str, file: str | None, as_json: bool, **options:
     from foveate.cli.folders import write_whole
     from foveate.cli.programs import load_program
 
-    sizes, amounts = taken(options)
     with talking(as_json) as out:
-        check_sizes((model,), sizes)
+        sizes, amounts = taken(options, (model,))
         path = None if file is None else _target(file)
         out.tick("tracing", 0, 2)
         name, program = load_program(model, passes, options["dtype"], sizes)

@@ -166,6 +166,11 @@ class Program:
         """The graph from both streams to the next token's logits and each layer's keys and values."""
         return self.graphs["prefill"]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the token embedding, which is that of the weights."""
+        return self.weights.get(self.info.paths["embed"]).dtype
+
     def used_weights(self) -> set[str]:
         """Names of the weights that the graphs read, and of the token embedding; a model may hold more."""
         read = {str(n.target) for graph in self.graphs.values() for n in graph.nodes if n.op == "get_attr"}

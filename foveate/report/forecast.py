@@ -8,8 +8,6 @@ from typing import Any
 
 from foveate.ir.cost import Cost, Forecast
 from foveate.ir.cost.devices import Device, device_of
-from foveate.ir.cost.sizes import Precision
-from foveate.ir.cost.work import Work
 from foveate.ir.program import Program
 from foveate.report.figures import ms, percent, size, times
 
@@ -22,28 +20,26 @@ WORTH = 1.05
 
 @dataclass(frozen=True)
 class Row:
-    """One program of a forecast: its passes (none for the dense one), its cost, and its costs at `BATCHES`.
-
-    roles: the work of vision and prefill by role, the vision tower as one.
-    """
+    """One program of a forecast: its passes (none for the dense one), its cost, and its costs at `BATCHES`."""
 
     name: str
-    program: Program
+    forecast: Forecast
     cost: Cost
     by_batch: Mapping[int, Cost]
-    roles: Mapping[str, Work]
 
 
 @dataclass(frozen=True)
 class ForecastReport:
-    """The dense program and each recipe on one device; amounts: sizes as `foveate.cost` takes them."""
+    """The dense program and each recipe on one device. setting: what the JSON repeats."""
 
     setting: Mapping[str, Any]
-    amounts: Mapping[str, Any]
-    device: Device
-    dtype: str
     dense: Row
     recipes: Sequence[Row]
+
+    @property
+    def device(self) -> Device:
+        """What all of them are forecast for."""
+        return self.dense.forecast.device
 
     @property
     def rows(self) -> list[Row]:
@@ -97,7 +93,8 @@ class ForecastReport:
         """Why a recipe gains little, the largest part of its time first."""
         spent, before = row.cost, self.dense.cost
         whole = spent.first_token_s
-        selection = sum(w.time_s for role, w in row.roles.items() if role == "select")
+        parts = row.forecast.parts(["role"])["prefill"]
+        selection = sum(part.work.time_s for part in parts if part.role == "select")
         saved = before.first_token_s - (whole - selection)
         reading = spent.prefill.weight_bytes / self.device.bytes_per_s
         removed = 1 - spent.prefill.flops / before.prefill.flops if before.prefill.flops else 0
@@ -145,9 +142,7 @@ def forecast_row(name: str, program: Program, convention: str, modules: Sequence
     others = {
         batch: Forecast.of(program, **{**sizes, "batch": batch}, joined=forecast.joined).cost() for batch in BATCHES
     }
-    parts = forecast.parts(["role"])
-    roles = {part.role or "": part.work for part in parts["prefill"]}
-    return Row(name, program, forecast.cost(convention, modules), others, roles)
+    return Row(name, forecast, forecast.cost(convention, modules), others)
 
 
 def forecast_report(
@@ -160,14 +155,19 @@ def forecast_report(
     modules: Sequence[int] = (),
     **sizes: Any,
 ) -> ForecastReport:
-    """Programs (pipeline text -> program) beside the dense one. setting: what the JSON repeats."""
+    """Programs (pipeline text -> program) beside the dense one; sizes as `foveate.cost` takes them.
+
+    setting: what the JSON repeats, beside the sizes of a prompt and the number formats.
+    """
     machine = device_of(device)
     rows = [
         forecast_row(name, program, convention, modules if name else (), {**sizes, "device": machine})
         for name, program in {"": dense, **recipes}.items()
     ]
-    dtype = Precision.of(dense, sizes.get("dtype"), None, None).dtype
-    return ForecastReport(setting, sizes, machine, dtype, rows[0], rows[1:])
+    first, bits = rows[0].forecast.first, rows[0].forecast.precision
+    counted = {key: first.names[key] for key in ("visual_tokens", "text_tokens", "batch")}
+    formats = {"dtype": bits.dtype, "weight_bits": bits.weight_bits, "kv_bits": bits.kv_bits}
+    return ForecastReport({**setting, **counted, **formats}, rows[0], rows[1:])
 
 
 def _ratio(before: float, after: float) -> float | None:

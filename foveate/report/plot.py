@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from foveate.errors import FoveateError
-from foveate.ir.cost import Part, breakdown
+from foveate.ir.cost import Part
 from foveate.report.figures import count, spaced, times
 from foveate.report.forecast import ForecastReport
 
@@ -32,8 +32,7 @@ def forecast_png(report: ForecastReport) -> bytes:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    amounts = {**report.amounts, "device": report.device}
-    layers = [breakdown(row.program, ["layer", "stream"], **amounts)["prefill"] for row in report.rows]
+    layers = [row.forecast.parts(["layer", "stream"])["prefill"] for row in report.rows]
     figure = Figure(figsize=(9, 4.2 + 1.5 * len(layers)), layout="constrained")
     axes = figure.subplots(1 + len(layers), 1, height_ratios=[2.2, *(1 for _ in layers)])
     told = report.setting
@@ -54,7 +53,7 @@ def forecast_png(report: ForecastReport) -> bytes:
 
 def _roofline(axis: Any, report: ForecastReport) -> None:
     device = report.device
-    peak = device.rate(report.dtype)
+    peak = device.rate(report.dense.forecast.precision.dtype)
     ridge = peak / device.bytes_per_s
     points = [
         (label, graph, work)
@@ -108,7 +107,7 @@ def _bars(axis: Any, report: ForecastReport, place: int, parts: list[Part], high
     gain = report.speedup(row)["first_token_time"]
     name = "dense" if not place else f"{label}: {spaced(row.name)}, first token {times(gain) if gain else '-'}"
     axis.set_title(name if len(name) < 110 else f"{name[:107]}...", fontsize=9, loc="left")
-    axis.set(ylabel="ms", ylim=(0, 1.3 * highest), xlim=(-0.7, report.dense.program.info.layers - 0.3))
+    axis.set(ylabel="ms", ylim=(0, 1.3 * highest), xlim=(-0.7, report.dense.forecast.program.info.layers - 0.3))
     axis.legend(fontsize=7, ncols=3, frameon=False, loc="upper right")
 
 

@@ -133,6 +133,7 @@ def test_a_gain_that_is_none_is_told(run: Any) -> None:
         ([*TINY, "-p", "cut-visual{from_layer=9}"], "from_layer=9 is not a layer of this model"),
         ([*TINY, "-p", "{"], "expected the name of a pass"),
         ([*TINY, "--batch", "0"], "0 is not in the range x>=1"),
+        (["llava-1.5-7b", "--layers", "3"], "--layers is a size of random:llava; llava-1.5-7b has its own"),
     ],
 )
 def test_wrong_use_is_one_line(run: Any, words: list[Any], said: str) -> None:

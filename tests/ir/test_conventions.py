@@ -104,7 +104,7 @@ def lvpruning(keep: float) -> str:
     """Kept before layers 1, 8 and 16: keep, keep - 0.2 and keep - 0.4 of all tokens, rounded down."""
     kept = [floor(576 * (keep - 0.2 * i) + 1e-9) for i in range(3)]
     shares = [(b + 0.5) / a for a, b in zip((576, *kept), kept)]
-    return ",".join(f"random-prune{{layer={l},keep={s}}}" for l, s in zip((1, 8, 16), shares))  # noqa: E741
+    return ",".join(f"random-prune{{layer={layer},keep={share}}}" for layer, share in zip((1, 8, 16), shares))
 
 
 @pytest.mark.slow

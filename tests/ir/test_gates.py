@@ -68,7 +68,9 @@ def test_a_gate_fails_when_it_is_true(text: str, ok: bool, value: float | None) 
     result = Gate.of(text).check(FIGURES)
     assert result.ok is ok
     assert result.value == value
-    assert result.to_json() == {"gate": text, "value": result.value, "ok": ok}
+    plain = result.to_json()
+    assert (plain["gate"], plain["value"], plain["ok"]) == (text, result.value, ok)
+    assert text.startswith(plain["quantity"]) and (plain["kind"] == "relative") == text.endswith("%")
     json.dumps(result.to_json(), allow_nan=False)
 
 

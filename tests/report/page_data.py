@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.ir.diff import diff
+from foveate.ir.diff.gates import Gate, GateResult
 from tests.ir.programs import pruned, traced
 
 PASSES = "drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons,fastv{layer=1},cut-visual{from_layer=2}"
@@ -101,8 +102,8 @@ def small() -> dict[str, Any]:
             ],
         },
         "gates": [
-            {"gate": "prefill.flops>+1%", "value": -0.683, "ok": True},
-            {"gate": "decode.time_s>+1%", "value": 0.1176, "ok": False},
+            GateResult(Gate.of("prefill.flops>+1%"), -0.683, True).to_json(),
+            GateResult(Gate.of("decode.time_s>+1%"), 0.1176, False).to_json(),
         ],
     }
 

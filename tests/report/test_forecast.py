@@ -20,10 +20,8 @@ NOMINAL = Device("nominal", {"float32": 1e11}, 2e10)
 
 def report(*pipelines: str, device: Device = NOMINAL, **sizes: Any) -> ForecastReport:
     recipes = {name: pruned(name) for name in pipelines}
-    setting = {"model": "tiny", "visual_tokens": 64, "text_tokens": 20, "batch": 1}
-    return forecast_report(
-        traced()[1], recipes, setting=setting, device=device, visual_tokens=64, text_tokens=20, **sizes
-    )
+    sizes = {"visual_tokens": 64, "text_tokens": 20, **sizes}
+    return forecast_report(traced()[1], recipes, setting={"model": "tiny"}, device=device, **sizes)
 
 
 def test_the_json_holds_the_contract() -> None:
@@ -123,6 +121,6 @@ def test_the_picture_is_a_png_with_a_row_for_each_program() -> None:
 
 def test_labels_after_the_alphabet() -> None:
     found = report()
-    many = ForecastReport(found.setting, found.amounts, found.device, found.dtype, found.dense, [found.dense] * 27)
+    many = ForecastReport(found.setting, found.dense, [found.dense] * 27)
     assert many.labels[:3] == ["dense", "A", "B"]
     assert many.labels[-1] == "#27"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from foveate.ir.diff.gates import Gate, GateResult
 from foveate.report.page.document import SCRIPTS, diff_page
 from foveate.report.page.figures import change_text, duration, layers_text, number, shown
 from foveate.report.page.markup import plain, tag
@@ -177,7 +178,7 @@ def test_figures_out_of_any_range_are_shown() -> None:
         "kv_bytes": {"a": None, "b": 5, "change": None},
         "peak_bytes": {"a": 0, "b": 0, "change": None},
     }
-    diff["gates"] = [{"gate": "kv_bytes>+1%", "value": None, "ok": False}]
+    diff["gates"] = [GateResult(Gate.of("kv_bytes>+1%"), None, False).to_json()]
     diff["parts"]["prefill"]["a"] = [part(0, 10**12, "visual", 1e9), part(0, 0, "text", float("nan"))]
     seen = Document(diff_page(diff)).visible
     assert "FLOPs \u221e 1 -" in seen
@@ -198,7 +199,7 @@ def test_figures_out_of_any_range_are_shown() -> None:
     ],
 )
 def test_a_gate_value_has_the_unit_of_its_bound(gate: str, value: float, seen: str) -> None:
-    diff = {**small(), "gates": [{"gate": gate, "value": value, "ok": True}]}
+    diff = {**small(), "gates": [GateResult(Gate.of(gate), value, True).to_json()]}
     assert f"passed {gate} {seen} Changes" in Document(diff_page(diff)).visible
 
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from foveate.errors import InputError
 from foveate.ir.cost.conventions import CONVENTIONS, TIMED, Request
-from foveate.ir.cost.devices import BITS, Device, device_of
+from foveate.ir.cost.devices import Device, device_of
 from foveate.ir.cost.sizes import Precision, Sizes
 from foveate.ir.cost.work import VIEWS, Meter, Work, base_of
 from foveate.ir.join import join
@@ -88,9 +88,6 @@ def breakdown(program: Program, by: Sequence[str] = ("layer",), **sizes: Any) ->
     By stream, what runs for both streams in one op is shared out by their numbers of tokens. Parts stand in the
     order in which their graph comes to them.
     """
-    unknown = [name for name in by if name not in BY]
-    if unknown or not by:
-        raise InputError(f"a breakdown is by {', '.join(BY)}, or several of them; got {', '.join(by) or 'nothing'}")
     return Forecast.of(program, **sizes).parts(by)
 
 
@@ -188,24 +185,28 @@ class Forecast:
         return replace(actual, vision=counted["vision"], prefill=counted["prefill"])
 
     def _actual(self) -> Cost:
-        totals = {name: Work() for name in self.graphs}
-        for name, (graph, sizes) in self.graphs.items():
-            meter = Meter(graph, sizes, self.precision, self.device)
-            for node in graph.nodes:
-                totals[name] += meter.of(node)
         used = self.program.used_weights()
         weights = [w for name, w in self.program.weights.items() if name in used]
         cache = self.kv_bytes()
         peak = max(cache, *(self.peak_bytes(*self.graphs[name]) for name in ("vision", "prefill")))
         return Cost(
-            **totals,
+            **{name: self.work(name) for name in self.graphs},
             kv_bytes=cache,
             peak_bytes=peak + sum(w.numel() * self.precision.bits_of(w, "weight") // 8 for w in weights),
             parameters=sum(w.numel() for w in weights if w.is_floating_point()),
         )
 
+    def work(self, name: str) -> Work:
+        """All that a graph runs, as it runs it."""
+        graph, sizes = self.graphs[name]
+        meter = Meter(graph, sizes, self.precision, self.device)
+        return sum((meter.of(node) for node in graph.nodes), Work())
+
     def parts(self, by: Sequence[str]) -> dict[str, list[Part]]:
         """See `breakdown`."""
+        unknown = [name for name in by if name not in BY]
+        if unknown or not by:
+            raise InputError(f"a breakdown is by {', '.join(BY)}, or several of them; got {', '.join(by) or 'nothing'}")
         result = {}
         for name, (graph, sizes) in self.graphs.items():
             meter = Meter(graph, sizes, self.precision, self.device)
@@ -256,14 +257,11 @@ def _shares(node: fx.Node, sizes: Sizes, blind: Sizes) -> dict[str, float]:
 
 def default_device(program: Program) -> str:
     """The device that a report forecasts for when none is named: a GPU for half-precision weights, else the CPU."""
-    dtype = str(program.weights.get(program.info.paths["embed"]).dtype).removeprefix("torch.")
-    return "h100" if BITS.get(dtype, 32) <= 16 else "cpu"
+    return "h100" if program.dtype.itemsize <= 2 else "cpu"
 
 
 def prefill_cost(program: Program) -> dict[str, float]:
     """What a pass changes, at one image and 60 text tokens: `prefill_flops`, `prefill_s` and `kv_bytes`."""
     forecast = Forecast.of(program, device=default_device(program))
-    graph, sizes = forecast.graphs["prefill"]
-    meter = Meter(graph, sizes, forecast.precision, forecast.device)
-    work = sum((meter.of(node) for node in graph.nodes), Work())
+    work = forecast.work("prefill")
     return {"prefill_flops": work.flops, "prefill_s": work.time_s, "kv_bytes": forecast.kv_bytes()}

@@ -56,14 +56,13 @@ class Precision:
     @classmethod
     def of(cls, program: Program, dtype: str | None, weight_bits: int | None, kv_bits: int | None) -> Precision:
         """As asked for; None is what the program has, or as wide as `dtype`. Raises InputError for what is unknown."""
-        own = program.weights.get(program.info.paths["embed"]).dtype
-        name = dtype or str(own).removeprefix("torch.")
+        name = dtype or str(program.dtype).removeprefix("torch.")
         if name not in BITS:
             raise InputError(f"dtype {name!r} is not known to a forecast; there are: {', '.join(BITS)}")
         for option, bits in (("weight_bits", weight_bits), ("kv_bits", kv_bits)):
             if bits is not None and bits not in (4, 8, 16, 32):
                 raise InputError(f"{option}={bits}; allowed: 4, 8, 16, 32")
-        return cls(name, own, weight_bits or BITS[name], kv_bits or BITS[name])
+        return cls(name, program.dtype, weight_bits or BITS[name], kv_bits or BITS[name])
 
     @property
     def bits(self) -> int:

@@ -95,7 +95,14 @@ class GateResult:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return {"gate": self.gate.text, "value": self.value, "ok": self.ok}
+        asked = self.gate
+        return {
+            "gate": asked.text,
+            "quantity": asked.quantity,
+            "kind": asked.kind,
+            "value": self.value,
+            "ok": self.ok,
+        }
 
     @property
     def measured(self) -> str:

@@ -17,8 +17,7 @@ import torch
 
 from foveate import __version__
 from foveate.errors import InputError
-from foveate.ir.cost import breakdown, cost_of, default_device
-from foveate.ir.cost.devices import device_of
+from foveate.ir.cost import Forecast, default_device
 from foveate.ir.program import PassRecord, Program, layer_kv
 from foveate.ir.snapshot.file import FORMAT, Snapshot, printable
 from foveate.ir.snapshot.folding import fold
@@ -36,8 +35,8 @@ def snapshot(program: Program, *, name: str = "", **sizes: Any) -> Snapshot:
     """
     if not name.isprintable():
         raise InputError(f"a snapshot's name is one printable line, not {name!r}")
-    asked = {**sizes, "device": device_of(sizes.get("device", default_device(program)))}
-    cost = cost_of(program, **asked)
+    forecast = Forecast.of(program, **{"device": default_device(program), **sizes})
+    cost = forecast.cost()
     return Snapshot(
         {
             "foveate_snapshot": FORMAT,
@@ -48,9 +47,9 @@ def snapshot(program: Program, *, name: str = "", **sizes: Any) -> Snapshot:
             },
             "model": _model(program, name, cost.parameters),
             "passes": [_record(record) for record in program.passes],
-            "sizes": _sizes(program, asked),
+            "sizes": _sizes(forecast, sizes),
             "cost": _rounded(cost.to_json()),
-            "parts": _parts(program, asked),
+            "parts": _parts(forecast),
             "kv": _kv(program),
             "graphs": {graph: graph_data(program, made) for graph, made in program.graphs.items()},
         }
@@ -65,14 +64,10 @@ def _model(program: Program, name: str, parameters: int) -> dict[str, Any]:
         "family": about.family,
         **{number: getattr(about, number) for number in numbers},
         "grid": list(about.grid),
-        "dtype": _dtype(program),
+        "dtype": str(program.dtype).removeprefix("torch."),
         "parameters": parameters,
         "roles": dict(about.roles),
     }
-
-
-def _dtype(program: Program) -> str:
-    return str(program.weights.get(program.info.paths["embed"]).dtype).removeprefix("torch.")
 
 
 def _record(record: PassRecord) -> dict[str, Any]:
@@ -86,17 +81,11 @@ def _record(record: PassRecord) -> dict[str, Any]:
     }
 
 
-def _sizes(program: Program, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What the cost was asked for, defaults included."""
-    images = asked.get("images", 1)
-    defaults = {
-        "visual_tokens": images * program.info.tokens_per_image,
-        "text_tokens": 60,
-        "batch": 1,
-        "dtype": _dtype(program),
-    }
+def _sizes(forecast: Forecast, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the cost was asked for, and what it was counted at."""
+    counted = {key: forecast.first.names[key] for key in ("visual_tokens", "text_tokens", "batch")}
     given = {key: value for key, value in asked.items() if value is not None}
-    return {**defaults, **given, "device": asked["device"].name}
+    return {**counted, "dtype": forecast.precision.dtype, **given, "device": forecast.device.name}
 
 
 def _rounded(value: Any) -> Any:
@@ -108,10 +97,10 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _parts(program: Program, asked: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _parts(forecast: Forecast) -> dict[str, list[dict[str, Any]]]:
     """Cost of one layer by stream, for runs of layers that cost the same."""
     result = {}
-    for name, parts in breakdown(program, by=("layer", "stream"), **asked).items():
+    for name, parts in forecast.parts(("layer", "stream")).items():
         layers: dict[str, dict[int, Any]] = {}
         for part in parts:
             spent = {k: part.to_json()[k] for k in ("flops", "bytes", "time_s")}

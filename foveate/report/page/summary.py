@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -182,12 +181,11 @@ def _gate_value(gate: Mapping[str, Any]) -> str:
 
     None stands for an infinite change, from nothing to something.
     """
-    value, text = number(gate["value"]), str(gate["gate"])
+    value = number(gate["value"])
     if value is None or not math.isfinite(value):
         return "\N{INFINITY}"
     sign = "\N{MINUS SIGN}" if value < 0 else "+"
-    if text.rstrip().endswith("%"):
+    if gate["kind"] == "relative":
         return f"{sign}{100 * abs(value):.2f}%"
-    signed = value < 0 or re.search(r"[<>]=?\s*[+-]", text)
-    quantity = re.split(r"[<>\s]", text)[0]
-    return f"{sign if signed else ''}{shown(quantity, abs(value))}"
+    signed = value < 0 or gate["kind"] == "change"
+    return f"{sign if signed else ''}{shown(gate['quantity'], abs(value))}"
