@@ -179,7 +179,7 @@ def test_moving_reaches_every_weight_and_buffer_and_casting_is_refused(pair):
     assert moved.dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_bfloat16(backend):
     model = random_llava(layers=2, dtype=torch.bfloat16)
     optimized = optimize(model, "fastv{layer=1,keep=0.5},drop-visual-heads{keep=2,from_layer=1}", backend=backend)
