@@ -27,6 +27,10 @@ LIBRARY.define(
     "attention(Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] q_order, Tensor[] k_order, SymInt prefix,"
     " str layout, float scale) -> Tensor"
 )
+LIBRARY.define(
+    "neighbor_attention(Tensor q, Tensor[] k, Tensor[] v, Tensor q_order, Tensor[] k_order, Tensor coords,"
+    " Tensor grids, int radius, str metric, bool causal, float scale) -> Tensor"
+)
 LIBRARY.define("encoder_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 LIBRARY.define("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor")
 LIBRARY.define("attention_row(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, float scale) -> Tensor")
@@ -44,6 +48,24 @@ Returns [B, sum n_i, H, e]: the query streams one after another.
 "vt:vt" is a whole prefill layer, "t:t" one that is blind, "t:vtt" a decode step (visual cache, text cache, new).
 `prefix` is a promise about structure. If it is not negative, nothing is padded, every stream is in sequence
 order, and all visual tokens stand together after the first `prefix` text tokens; -1 promises nothing."""
+
+neighbor_attention = torch.ops.foveate.neighbor_attention.default
+"""Attention of visual tokens on their neighbours in the image, and on the text before them (YOPO, section 3.2).
+
+q [B, H, n, e], q_order [B, n]; k, v, k_order: the visual keys [B, Hk, n, e], of the same n tokens, and, where text is
+to be seen, the text keys [B, Hk, m, e]. coords int64 [B, n, 3]: image, row and column of each visual token.
+Returns [B, n, H, e].
+
+A query sees a text key whose order is not larger than its own, and a visual key (not padding) of the same image whose
+distance is at most `radius` and, if `causal`, whose order is not larger than its own. `metric` of the distance:
+`chebyshev` max(|rows|, |columns|), `euclidean` sqrt(rows^2 + columns^2), `raster` |difference of orders|.
+A padded query gives finite values that mean nothing.
+
+`grids` is a promise about structure, int64 [images, 6] on the CPU, a row an image: batch row, first visual token,
+height, width, first text key that it sees, end of those. It holds when the largest sum of height * width over the
+images of one batch row is n: then each image's tokens stand together in raster order, the images of a row stand one
+behind the other from token 0 on, tokens behind them are padding, and the text keys seen are those, no others.
+Otherwise (no image, or tokens were removed since) it promises nothing."""
 
 encoder_attention = torch.ops.foveate.encoder_attention.default
 """Attention without a mask, as vision towers do it: q, k, v [B, H, n, e] -> [B, n, H, e]."""
@@ -86,6 +108,23 @@ def _attention(
     batch, heads, _, size = q[0].shape
     tokens = sum(x.shape[2] for x in q)
     return q[0].new_empty(batch, tokens, heads, size)
+
+
+@torch.library.register_fake("foveate::neighbor_attention", lib=LIBRARY)
+def _neighbor_attention(
+    q: Tensor,
+    k: list[Tensor],
+    v: list[Tensor],
+    q_order: Tensor,
+    k_order: list[Tensor],
+    coords: Tensor,
+    grids: Tensor,
+    radius: int,
+    metric: str,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
 @torch.library.register_fake("foveate::encoder_attention", lib=LIBRARY)
