@@ -9,7 +9,8 @@
 Two nodes are joined when they stem from the same joint value (`NodeInfo.twin`), call the same op with the same
 constants and shared values, and their other arguments can be concatenated along the token axis. The joined value
 *is* the concatenation of the two, so this is sound wherever no token mixes with another. A stream that is needed
-alone is a slice of the joined value.
+alone is a slice of the joined value. Where visual tokens use a part of a weight, `foveate.ir.share` has made text
+do that part apart, so that it is joined as well.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from foveate.ir.attention import Attention
 from foveate.ir.program import NodeInfo, Program, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, equal_nodes, map_arg
 from foveate.ir.select import token_inputs
+from foveate.ir.share import share_parts
 from foveate.ir.tail import END
 from foveate.ir.tokens import Axes, takes_last, token_axes
 
@@ -46,7 +48,7 @@ def join(program: Program, graph: fx.Graph, inputs: bool = False) -> fx.Graph:
     With `inputs`, the graph's own inputs are joined too, and the result takes `hidden`, `position_ids` and `order`
     again: `join(split(g), inputs=True)` gives back g.
     """
-    return _Joiner(program, graph, inputs).run()
+    return _Joiner(program, graph if inputs else share_parts(program, graph), inputs).run()
 
 
 class _Joiner:

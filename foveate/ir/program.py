@@ -181,7 +181,7 @@ class Program:
         weights = Weights()
         for name, value in self.weights.items():
             weights.put(name, value)
-        graphs = {name: _copy_graph(graph) for name, graph in self.graphs.items()}
+        graphs = {name: copy_graph(graph) for name, graph in self.graphs.items()}
         return Program(self.info, weights, self.symbols, graphs, list(self.passes))
 
     def to_text(self, graph: str | None = None) -> str:
@@ -194,7 +194,8 @@ class Program:
         return self.to_text()
 
 
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A graph of its own, with the same nodes and what is known of them."""
     new = fx.Graph()
     memory: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -17,17 +17,17 @@ aten = torch.ops.aten
 
 def weight_name(linear: fx.Node) -> str:
     """Name of the weight of a linear."""
-    return str(_behind(linear)[0].target)
+    return str(weight_part(linear)[0].target)
 
 
 def read_weight(program: Program, linear: fx.Node) -> Tensor:
     """The part of its weight that a linear reads, detached: a view."""
-    node, part = _behind(linear)
+    node, part = weight_part(linear)
     weight = program.weights.get(str(node.target)).detach()
     return weight[tuple(slice(start, stop) for start, stop in part)]
 
 
-def _behind(linear: fx.Node) -> tuple[fx.Node, list[tuple[int, int]]]:
+def weight_part(linear: fx.Node) -> tuple[fx.Node, list[tuple[int, int]]]:
     """The whole weight behind a linear, and the range of each axis that slices leave of it."""
     slices: list[tuple[int, int, int]] = []
     node = args_of(linear)[1]
@@ -60,7 +60,7 @@ def permute(program: Program, linear: fx.Node, order: Tensor, dim: int) -> None:
 
     The rest of a fused weight stays as it is, and the model the weight came from keeps its own.
     """
-    node, part = _behind(linear)
+    node, part = weight_part(linear)
     name, (start, stop) = str(node.target), part[dim]
     names = [name]
     bias = name.removesuffix("weight") + "bias"

@@ -15,9 +15,9 @@ from foveate.ir.join import join
 from foveate.ir.program import Program, outputs
 from foveate.ir.rewriter import nodes_of
 from foveate.ir.split import split, structure
-from foveate.ir.weights import weight_name
+from foveate.ir.weights import weight_name, weight_part
 from foveate.ops import PAD
-from tests.ir.programs import LAYERS, PIPELINES, fresh, pruned, traced
+from tests.ir.programs import HEADS, LAYERS, PIPELINES, fresh, pruned, traced
 
 aten = torch.ops.aten
 pipelines = pytest.mark.parametrize("pipeline", PIPELINES)
@@ -121,6 +121,34 @@ def test_a_joined_program_reads_each_weight_once(pipeline: str) -> None:
     joined = linears(join(program, program.prefill))
     assert set(joined.values()) == {1}
     assert set(joined) == set(linears(program.prefill))
+
+
+def element_reads(graph: fx.Graph) -> dict[str, Tensor]:
+    """Weight of a linear -> how many linears read each of its elements."""
+    reads: dict[str, Tensor] = {}
+    for node in nodes_of(graph, op=aten.linear.default):
+        weight, part = weight_part(node)
+        counts = reads.setdefault(str(weight.target), torch.zeros(tuple(weight.meta["val"].shape)))
+        counts[tuple(slice(start, stop) for start, stop in part)] += 1
+    return reads
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("neurons", ["prefix", "random"])
+def test_what_visual_tokens_use_of_a_weight_is_read_once_for_all_tokens(kv_heads: int, neurons: str) -> None:
+    heads = [[h != 1 for h in range(HEADS)]] * LAYERS if kv_heads == 2 else [[True, False, True, False]] * LAYERS
+    pipeline = f"drop-visual-heads{{mask={heads},from_layer=0}},drop-visual-neurons{{keep=0.3,select={neurons}}}"
+    program = pruned(pipeline.replace("True", "true").replace("False", "false"), kv_heads)
+    apart, together = element_reads(program.prefill), element_reads(join(program, program.prefill))
+    assert max(int(count.max()) for count in apart.values()) == 2
+    assert apart.keys() == together.keys()
+    assert all(bool((count == 1).all()) for count in together.values())
+
+
+def test_kept_heads_of_both_streams_are_one_causal_call() -> None:
+    program = pruned("drop-visual-heads{keep=2,from_layer=0}", 4)
+    layouts = [n.args[6] for n in join(program, program.prefill).nodes if n.target == ops.attention]
+    assert layouts == ["vt:vt", "t:t"] * (LAYERS - 1) + ["t:vt", "t:t"]
 
 
 def test_a_dense_layer_is_one_causal_call() -> None:
