@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "foveate"
 
 # What each part may import from foveate, besides itself.
-BASE = {"errors", "ops"}
+BASE = {"errors", "ops", "neighborhood"}
 ALLOWED = {
     "errors": set(),
     "ops": set(),
+    "neighborhood": set(),
     "ir": BASE,
     "kernels": BASE,
     "models": BASE | {"ir"},

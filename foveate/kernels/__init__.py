@@ -9,10 +9,12 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from foveate.kernels import attention, counting, tokens
+from foveate.kernels.neighbor import dispatch
 from foveate.ops import LIBRARY
 
 IMPLEMENTATIONS = {
     "attention": attention.attention,
+    "neighbor_attention": dispatch.neighbor_attention,
     "encoder_attention": attention.encoder_attention,
     "varlen_attention": attention.varlen_attention,
     "attention_row": attention.attention_row,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.kernels.neighbor.dispatch import described, planned
 from foveate.ops import attention_pairs
 
 
@@ -26,6 +27,24 @@ def _attention(
     return 4 * batch * heads * size * attention_pairs(queries, keys, layout, prefix)[0]
 
 
+def _neighbor_attention(
+    q: Tensor,
+    k: list[Tensor],
+    v: Any,
+    q_order: Any,
+    k_order: Any,
+    coords: Any,
+    grids: Tensor,
+    radius: int,
+    metric: str,
+    causal: bool,
+    *rest: Any,
+    **also: Any,
+) -> int:
+    # The form decides how many pairs are computed, and the grids' values decide the form.
+    return 4 * q.shape[1] * q.shape[3] * planned(*described(q, k, grids, radius, metric, causal)).pairs
+
+
 def _encoder_attention(q: Tensor, k: Tensor, *rest: Any, **also: Any) -> int:
     return 4 * q.numel() * k.shape[2]
 
@@ -41,6 +60,7 @@ def _row(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
 
 FLOPS: dict[str, Callable[..., int]] = {
     "attention": _attention,
+    "neighbor_attention": _neighbor_attention,
     "encoder_attention": _encoder_attention,
     "varlen_attention": _varlen_attention,
     "attention_row": _row,

@@ -1,0 +1,78 @@
+"""`foveate::neighbor_attention`: reads what is promised, asks the plan for a form and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from foveate.errors import InputError
+from foveate.kernels.neighbor import blocks, tiles
+from foveate.kernels.neighbor.inputs import Inputs
+from foveate.neighborhood import METRICS, Call, Grids, Plan, plan, read_grids
+
+FORMS: dict[str, Callable[[Inputs, Call, Grids | None, Any], Tensor]] = {
+    "blocks": blocks.attend,
+    "tiles": tiles.attend,
+}
+"""Form -> what computes it from the tensors, the call, its images, and the layout that the plan chose for it."""
+
+
+def neighbor_attention(
+    q: Tensor,
+    k: list[Tensor],
+    v: list[Tensor],
+    q_order: Tensor,
+    k_order: list[Tensor],
+    coords: Tensor,
+    grids: Tensor,
+    radius: int,
+    metric: str,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """`foveate::neighbor_attention`; shapes as in `foveate.ops`."""
+    call, images = described(q, k, grids, radius, metric, causal)
+    if not q.numel():
+        return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    chosen = planned(call, images)
+    inputs = Inputs(q, _two(k, 2), _two(v, 2), q_order, _two(k_order, 1), coords, scale)
+    return FORMS[chosen.form](inputs, call, images, chosen.layout)
+
+
+def explain(q: Tensor, k: list[Tensor], grids: Tensor, radius: int, metric: str, causal: bool) -> str:
+    """Which form computes such a call, how, and why the others do not; a line a form."""
+    return planned(*described(q, k, grids, radius, metric, causal)).explain()
+
+
+def planned(call: Call, images: Grids | None) -> Plan:
+    """The plan for what can run here."""
+    return plan(call, images, triton="triton" in FORMS)
+
+
+def described(
+    q: Tensor, k: list[Tensor], grids: Tensor, radius: int, metric: str, causal: bool
+) -> tuple[Call, Grids | None]:
+    """The integers of a call, and its images if they are promised; checked."""
+    batch, heads, tokens, size = q.shape
+    text = k[1].shape[2] if len(k) > 1 else 0
+    if metric not in METRICS:
+        raise InputError(f"metric of neighbor_attention must be one of {', '.join(METRICS)}, it is {metric!r}")
+    if radius < 0:
+        raise InputError(f"radius of neighbor_attention must not be negative, it is {radius}")
+    if k[0].shape[2] != tokens:
+        raise InputError(
+            f"neighbor_attention has {tokens} visual queries and {k[0].shape[2]} visual keys: not the same"
+        )
+    images = read_grids(grids.tolist(), tokens)
+    for grid in images or ():
+        if not (0 <= grid.row < batch and 0 <= grid.text_start <= grid.text_stop <= text):
+            raise InputError(f"{grid} of neighbor_attention is outside its {batch} batch rows and {text} text keys")
+    call = Call(q.device.type, q.dtype, batch, heads, k[0].shape[1], size, tokens, text, radius, metric, causal)
+    return call, images
+
+
+def _two(streams: list[Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """The visual and the text stream, of no token if there is none."""
+    return streams[0], streams[1] if len(streams) > 1 else streams[0].narrow(dim, 0, 0)
