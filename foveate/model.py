@@ -155,6 +155,7 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             text = torch.where(moved[..., None], flat[streams.feature.gather(1, streams.text.index)], text)
         named: dict[str, Stream] = {"visual": streams.visual, "text": streams.text}
         inputs: dict[str, Tensor | int] = {"visual": visual, "text": text, "prefix": streams.prefix}
+        inputs |= {"visual_coords": streams.coords, "grids": streams.grids}
         for name, stream in named.items():
             inputs[f"{name}_position_ids"] = stream.position_ids
             inputs[f"{name}_order"] = stream.order

@@ -35,6 +35,7 @@ class Streams:
 
     feature: int64 [B, S], which visual embedding stands at each place of the prompt (only where `image` is true).
     prefix: see `foveate.ops.attention`. next_position: int64 [B, 1], position of the first generated token.
+    coords, grids: see `foveate.ops.neighbor_attention`; images are counted through the whole batch.
     """
 
     visual: Stream
@@ -43,6 +44,8 @@ class Streams:
     feature: Tensor
     prefix: int
     next_position: Tensor
+    coords: Tensor
+    grids: Tensor
 
 
 def arrange(
@@ -74,7 +77,9 @@ def arrange(
     right = _stream(text, position_ids, places, right=True)
     feature = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids)
     next_position = position_ids.gather(1, last) + 1
-    return Streams(left, right, image, feature, _prefix(visual, text), next_position)
+    coords = _coords(info, feature.gather(1, left.index), left.order)
+    grids = _grids(info, visual, left.order, right.order)
+    return Streams(left, right, image, feature, _prefix(visual, text), next_position, coords, grids)
 
 
 def _check(
@@ -126,3 +131,31 @@ def _prefix(visual: Tensor, text: Tensor) -> int:
         return int(text.shape[1])
     start = int(first.int().argmax())
     return start if bool(first[start : start + count].all()) else -1
+
+
+def _coords(info: ModelInfo, feature: Tensor, order: Tensor) -> Tensor:
+    """Image, row and column int64 [B, n, 3] of visual tokens, from the number of their embeddings; -1 in padding."""
+    within = feature % info.tokens_per_image
+    columns = info.grid[1]
+    coords = torch.stack([feature // info.tokens_per_image, within // columns, within % columns], dim=2)
+    return coords.masked_fill((order == PAD)[..., None], -1)
+
+
+def _grids(info: ModelInfo, visual: Tensor, order: Tensor, text_order: Tensor) -> Tensor:
+    """A row an image, as `foveate.ops.neighbor_attention` takes them; none if an image is not whole or not in one."""
+    height, width = info.grid
+    counts = visual.sum(1)
+    size = height * width
+    if bool((counts % size).any()):
+        return torch.empty(0, 6, dtype=torch.int64)
+    rows = []
+    order, text_order = order.cpu(), text_order.cpu()
+    for row, images in enumerate((counts // size).tolist()):
+        first_text = int((text_order[row] == PAD).sum())
+        starts = order[row, : images * size].view(images, size)
+        if bool((starts[:, -1] - starts[:, 0] != size - 1).any()):
+            return torch.empty(0, 6, dtype=torch.int64)
+        for image, start in enumerate(starts[:, 0].tolist()):
+            seen = first_text + int((text_order[row] < start).sum())
+            rows.append([row, image * size, height, width, first_text, seen])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 6)

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foveate.models.random import random_llava
-from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, Pass, RandomPrune
-from tests.oracle.masked import Masks, Prune
+from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, NeighborAttention, Pass, RandomPrune
+from tests.oracle.masked import Masks, Neighbors, Prune
 from tests.passes.check import check_pass
 
 FFN = 48
@@ -60,6 +60,15 @@ def cases(draw):
             fastv = draw(st.booleans())
             passes.append(FastV(layer, keep) if fastv else RandomPrune(layer, keep, draw(st.integers(0, 9))))
             prunes.append(Prune(layer, keep, "fastv" if fastv else "given"))
+    if draw(st.booleans()) and end > 1:
+        options = {
+            "radius": draw(st.integers(0, 2)),
+            "metric": draw(st.sampled_from(["chebyshev", "euclidean", "raster"])),
+            "causal": draw(st.booleans()),
+            "see_prefix": draw(st.booleans()),
+        }
+        passes.append(NeighborAttention(**options))
+        fields["neighbors"] = Neighbors((3, 3), **options)
     # A cut must not come before a selection in the pipeline; every other order is legal.
     passes = draw(st.permutations(passes))
     passes = [p for p in passes if not isinstance(p, CutVisual)] + [p for p in passes if isinstance(p, CutVisual)]

@@ -1,31 +1,41 @@
-"""Compile a graph with `torch.compile`; sizes stay dynamic, attention stays one call."""
+"""Compile a graph with `torch.compile`, layer by layer; sizes stay dynamic, attention stays one call."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-from foveate.backends.base import Inputs, Runner, input_names
-from foveate.backends.eager import graph_module
+import foveate.kernels  # noqa: F401  registers what the foveate ops compute
+from foveate.backends.base import Inputs, Runner
+from foveate.backends.regions import Compiled, run_by_regions
 from foveate.errors import BackendError
 from foveate.ir.program import Program
 
 
 def lower(program: Program, graph: fx.Graph, name: str) -> Runner:
     """See `foveate.backends.base.Lower`; compilation happens at the first call."""
-    module = torch.compile(graph_module(program, graph, name), dynamic=True, fullgraph=True)
-    names = input_names(graph)
+    for weight in (program.weights.get(str(n.target)) for n in graph.nodes if n.op == "get_attr"):
+        # Weights are arguments, but their sizes never change; tokens' do.
+        torch._dynamo.mark_static(weight)
+    run = run_by_regions(program, graph, _compiled)
 
-    def run(inputs: Inputs) -> dict[str, object]:
+    def guarded(inputs: Inputs) -> dict[str, Any]:
         try:
-            result: dict[str, object] = module(*(inputs[n] for n in names))
+            return run(inputs)
         except InductorError as error:
             if isinstance(error.inner_exception, InvalidCxxCompiler):
                 raise BackendError(
                     "the inductor backend needs a C++ compiler (g++ or clang++) on this machine"
                 ) from None
             raise
-        return result
 
-    return run
+    return guarded
+
+
+def _compiled(region: fx.Graph) -> Compiled:
+    module = fx.GraphModule(torch.nn.Module(), region, class_name="FoveateLayer")
+    compiled: Compiled = torch.compile(module, dynamic=True, fullgraph=True)
+    return compiled

@@ -1,4 +1,4 @@
-"""An attention node taken apart by name, so that no one counts arguments."""
+"""Attention nodes taken apart by name, so that no one counts arguments."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ class Attention:
         return cls(*args_of(node))
 
     @property
+    def queries(self) -> list[fx.Node]:
+        """The query streams."""
+        return self.q
+
+    @property
     def keys(self) -> str:
         """Key streams, one letter each, such as `vt`."""
         return self.layout.partition(":")[2]
@@ -46,15 +51,67 @@ class Attention:
         return replace(self, k=k, v=v, k_order=k_order, layout=self.layout.replace("v", ""))
 
 
+@dataclass(frozen=True)
+class Neighbors:
+    """Arguments of a `foveate::neighbor_attention` node; see `foveate.ops.neighbor_attention` for what they mean."""
+
+    q: fx.Node
+    k: list[fx.Node]
+    v: list[fx.Node]
+    q_order: fx.Node
+    k_order: list[fx.Node]
+    coords: fx.Node
+    grids: fx.Node
+    radius: int
+    metric: str
+    causal: bool
+    scale: float
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Neighbors:
+        """The arguments of a node."""
+        return cls(*args_of(node))
+
+    @property
+    def queries(self) -> list[fx.Node]:
+        """The query stream, which is the visual one."""
+        return [self.q]
+
+    @property
+    def keys(self) -> str:
+        """Key streams, one letter each: `v`, or `vt`."""
+        return "vt"[: len(self.k)]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """As the op takes them."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+
+VIEWS_OF: dict[Any, type[Attention | Neighbors]] = {
+    ops.attention: Attention,
+    ops.neighbor_attention: Neighbors,
+}
+"""Each attention op of a decoder, and what takes its nodes apart."""
+
+
+def taken_apart(node: fx.Node) -> Attention | Neighbors:
+    """The arguments of an attention node of either kind."""
+    return VIEWS_OF[node.target].of(node)
+
+
 def attentions(graph: fx.Graph, layer: int | None = None, stream: str | None = None) -> list[fx.Node]:
-    """Attention nodes of a layer and query stream (of all, where not given), in graph order."""
+    """Attention nodes of a layer and query stream (of all, where not given), in graph order.
+
+    Those of text are all `foveate::attention`; visual tokens may attend to their neighbours instead.
+    """
     return [
         n
         for n in graph.nodes
-        if n.target == ops.attention and layer in (None, info(n).layer) and stream in (None, info(n).stream)
+        if n.target in VIEWS_OF and layer in (None, info(n).layer) and stream in (None, info(n).stream)
     ]
 
 
 def looks_at_visual(node: fx.Node) -> bool:
     """Whether an attention node has visual keys."""
-    return "v" in Attention.of(node).keys
+    return "v" in taken_apart(node).keys

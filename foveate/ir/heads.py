@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from foveate import ops
 from foveate.errors import PassError
-from foveate.ir.attention import Attention, attentions
+from foveate.ir.attention import Attention, attentions, taken_apart
 from foveate.ir.program import NodeInfo, Stream, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, nodes_of, shape
 from foveate.ir.weights import permute, slice_weight
@@ -104,7 +104,7 @@ def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
     if plan.kept:
         _slice_projections(edit, layer, plan)
         for node in attentions(edit.graph, layer, "visual"):
-            old = Attention.of(node)
+            old = taken_apart(node)
             with edit.before(node):
                 k, v = (_kept_keys(edit, xs, plan, node) for xs in (old.k, old.v))
             edit.set_args(node, replace(old, k=k, v=v).args)

@@ -76,6 +76,15 @@ class Rewriter:
         with self.before(anchor):
             return self._finish(self.graph.placeholder(name), about, value)
 
+    def input(self, name: str, sizes: tuple[str | int, ...], about: NodeInfo, device: Any = None) -> fx.Node:
+        """The int64 input of that name, made where the graph has none; device: the weights', if not given."""
+        node: fx.Node
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name == name:
+                return node
+        place = torch.device(device or self.program.weights.device())
+        return self.placeholder(name, self.program.symbols.tensor(*sizes, dtype=torch.int64, device=place), about)
+
     def weight(self, name: str) -> fx.Node:
         """The weight of that name; one node a graph, in front of everything that computes."""
         node: fx.Node

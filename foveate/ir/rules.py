@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, fx
 
-from foveate import ops
 from foveate.errors import TraceError, VerifyError
-from foveate.ir.attention import Attention
+from foveate.ir.attention import Attention, attentions, taken_apart
 from foveate.ir.program import NodeInfo, Program, args_of, layer_kv, outputs
 from foveate.ir.rewriter import shape
 from foveate.ir.select import token_inputs
@@ -27,7 +26,7 @@ Rule = Callable[[Program, str, fx.Graph], Complaints]
 
 INPUTS = {
     "vision": r"pixel_values|patch_positions|cu_seqlens",
-    "prefill": r"visual|text|(visual|text)_(position_ids|order)|prefix",
+    "prefill": r"visual|text|(visual|text)_(position_ids|order)|visual_coords|grids|prefix",
     "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+",
 }
 """What the inputs of each graph may be called."""
@@ -107,15 +106,17 @@ def tokens_apart(program: Program, name: str, graph: fx.Graph) -> Complaints:
 
 def attention_fits(program: Program, name: str, graph: fx.Graph) -> Complaints:
     """Attention has as many streams as its layout names, and whole groups of query heads a key head."""
-    for node in graph.nodes:
-        if node.target != ops.attention:
-            continue
-        a = Attention.of(node)
-        queries = a.layout.partition(":")[0]
-        if not (len(a.q) == len(a.q_order) == len(queries) and len(a.k) == len(a.v) == len(a.k_order) == len(a.keys)):
-            yield node, f"has {len(a.q)} query and {len(a.k)} key streams for the layout {a.layout!r}"
+    for node in attentions(graph):
+        a = taken_apart(node)
+        streams = len(a.k) == len(a.v) == len(a.k_order) == len(a.keys)
+        if isinstance(a, Attention):
+            streams = streams and len(a.q) == len(a.q_order) == len(a.layout.partition(":")[0])
+            if not streams:
+                yield node, f"has {len(a.q)} query and {len(a.k)} key streams for the layout {a.layout!r}"
+        elif not streams:
+            yield node, f"has {len(a.k)} key streams, and takes visual keys and maybe text keys"
         for key in (*a.k, *a.v):
-            heads, kv_heads = shape(a.q[0])[1], shape(key)[1]
+            heads, kv_heads = shape(a.queries[0])[1], shape(key)[1]
             if heads % kv_heads:
                 yield node, f"has {heads} query heads for {kv_heads} key heads"
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from foveate import ops
-from foveate.ir.program import NodeInfo, info, outputs
+from foveate.ir.program import NodeInfo, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.tokens import Axes, token_axes
 
@@ -33,6 +33,21 @@ def visual_order_at(graph: fx.Graph, layer: int) -> fx.Node:
     orders: dict[int, fx.Node] = {int(at): node for at, node in outputs(graph)["kept"].items() if int(at) < layer}
     orders[-1] = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "visual_order")
     return orders[max(orders)]
+
+
+def coords_at(edit: Rewriter, order: fx.Node) -> fx.Node:
+    """Image, row and column [B, n, 3] of the visual tokens whose places are `order`; selections are followed."""
+    if order.op == "placeholder":
+        return edit.input("visual_coords", ("batch", "visual_tokens", 3), NodeInfo(-1, "coords", "visual"))
+    chosen = args_of(order)[0]
+    index = next(user for user in chosen.users if args_of(user)[1] == 0)
+    before = coords_at(edit, args_of(chosen)[1])
+    for user in before.users:
+        if user.target == ops.take_tokens and args_of(user)[1] is index:
+            return user
+    with edit.after(index):
+        about = info(index).with_(role="coords", by=edit.by, origin=(before.name,))
+        return edit.call(ops.take_tokens, before, index, 1, about=about)
 
 
 def live_into(graph: fx.Graph, layer: int) -> dict[fx.Node, list[fx.Node]]:
@@ -74,10 +89,10 @@ def keep_tokens(edit: Rewriter, layer: int, scores: fx.Node, keep: float, live: 
 
 
 def token_inputs(graph: fx.Graph) -> dict[str, int]:
-    """Token axis of each input of a decoder graph: axis 1 of embeddings, the last one of positions and orders."""
-    values = {n.name: n.meta["val"] for n in graph.nodes if n.op == "placeholder"}
+    """Token axis of each input of a decoder graph: axis 1 of embeddings and coordinates, the last of all others."""
+    values = {n.name: n.meta["val"] for n in graph.nodes if n.op == "placeholder" and n.name != "grids"}
     return {
-        name: 1 if value.is_floating_point() else value.dim() - 1
+        name: 1 if value.is_floating_point() or name == "visual_coords" else value.dim() - 1
         for name, value in values.items()
         if isinstance(value, Tensor)
     }

@@ -253,6 +253,7 @@ RULES: dict[Any, Rule] = {
     aten.matmul.default: _matmul,
     aten.sym_size.int: _size,
     ops.attention: _attention,
+    ops.neighbor_attention: _attention,
     ops.attention_row: _scores,
     ops.random_scores: _selection,
     ops.top_tokens: _selection,

@@ -5,6 +5,7 @@ from foveate.passes.cut_visual import CutVisual
 from foveate.passes.drop_visual_heads import DropVisualHeads
 from foveate.passes.drop_visual_neurons import DropVisualNeurons
 from foveate.passes.fastv import FastV
+from foveate.passes.neighbor_attention import NeighborAttention
 from foveate.passes.pipeline import PASSES, parse_pipeline, pipeline_text
 from foveate.passes.random_prune import RandomPrune
 
@@ -14,6 +15,7 @@ __all__ = [
     "DropVisualHeads",
     "DropVisualNeurons",
     "FastV",
+    "NeighborAttention",
     "Pass",
     "RandomPrune",
     "parse_pipeline",

@@ -23,10 +23,11 @@ from foveate.passes.cut_visual import CutVisual
 from foveate.passes.drop_visual_heads import DropVisualHeads
 from foveate.passes.drop_visual_neurons import DropVisualNeurons
 from foveate.passes.fastv import FastV
+from foveate.passes.neighbor_attention import NeighborAttention
 from foveate.passes.random_prune import RandomPrune
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (CutVisual, DropVisualHeads, DropVisualNeurons, FastV, RandomPrune)
+    cls.name: cls for cls in (CutVisual, DropVisualHeads, DropVisualNeurons, FastV, NeighborAttention, RandomPrune)
 }
 """Every pass by name."""
 

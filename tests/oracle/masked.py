@@ -10,6 +10,8 @@ Sources of the semantics:
   over the text keys as in VTW, arXiv 2405.05803;
 - heads dropped for visual tokens: YOPO (non-active heads), renormalised in the same way;
 - neurons dropped for visual tokens: YOPO (sparse FFN projection);
+- visual tokens that see their neighbours in the image only: YOPO (neighbor-aware visual attention), in which
+  the visual block of the mask is overwritten, so that a token may see later ones;
 - visual tokens pruned by the last token's attention: FastV, arXiv 2403.06764.
 
 Shapes: B rows, S positions, L decoder layers, H query heads, V vocabulary. A token is visual where
@@ -50,6 +52,23 @@ class Prune:
 
 
 @dataclass(frozen=True)
+class Neighbors:
+    """Visual queries see visual keys of their own image within `radius`, and no others.
+
+    grid: rows and columns of an image's tokens, which stand row by row. `metric`: of the distance on the grid,
+    "raster" for that in the sequence. `causal`: no later key either. `see_prefix`: earlier text is seen.
+    `layers`: where (None: in all).
+    """
+
+    grid: tuple[int, int]
+    radius: int
+    metric: Literal["chebyshev", "euclidean", "raster"] = "chebyshev"
+    causal: bool = False
+    see_prefix: bool = True
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Masks:
     """What to hide from the model; the default hides nothing.
 
@@ -58,6 +77,7 @@ class Masks:
       head's output is zero on visual rows.
     - `neurons`: bool [L, intermediate], True = kept for visual rows.
     - `prunes`: visual tokens removed as keys, for every query, from a layer on.
+    - `neighbors`: visual queries look at their surroundings only.
 
     Tokens keep their positions.
     """
@@ -66,6 +86,7 @@ class Masks:
     heads: Tensor | None = None
     neurons: Tensor | None = None
     prunes: tuple[Prune, ...] = ()
+    neighbors: Neighbors | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,13 @@ class _Run:
         size = self.text.shape[1]
         causal = torch.ones(size, size, dtype=torch.bool, device=self.text.device).tril()
         keys = self.text | self.alive
-        everything = (causal & keys[:, None, :])[:, None]
+        seen = causal & keys[:, None, :]
+        near = self.masks.neighbors
+        if near is not None and (near.layers is None or layer in near.layers):
+            visual = _near(near, self.tokens.visual) & self.alive[:, None, :]
+            text = causal & self.text[:, None, :] & near.see_prefix
+            seen = torch.where(self.tokens.visual[:, :, None], visual | text, seen)
+        everything = seen[:, None]
         text_to_visual = self.text[:, :, None] & self.tokens.visual[:, None, :]
         without_visual = everything & ~text_to_visual[:, None]
         sees_visual = torch.ones(heads, dtype=torch.bool, device=self.text.device)
@@ -223,6 +250,26 @@ class _Run:
             best_first = scores[row, places].argsort(descending=True, stable=True)
             chosen[row, places[best_first[: math.floor(prune.keep * len(places))]]] = True
         return chosen
+
+
+def _near(near: Neighbors, visual: Tensor) -> Tensor:
+    """Which tokens are neighbours: bool [B, S, S], for visual tokens as queries and keys."""
+    height, width = near.grid
+    number = visual.long().cumsum(dim=1) - 1
+    places = torch.arange(visual.shape[1], device=visual.device).expand_as(visual)
+    image, row, column = number // (height * width), number // width % height, number % width
+
+    def apart(x: Tensor) -> Tensor:
+        return (x[:, :, None] - x[:, None, :]).abs()
+
+    if near.metric == "raster":
+        close = apart(places) <= near.radius
+    elif near.metric == "euclidean":
+        close = apart(row) ** 2 + apart(column) ** 2 <= near.radius**2
+    else:
+        close = torch.maximum(apart(row), apart(column)) <= near.radius
+    close &= (apart(image) == 0) & visual[:, :, None] & visual[:, None, :]
+    return close & (places[:, None, :] <= places[:, :, None]) if near.causal else close
 
 
 _ACTIVE: ContextVar[_Run] = ContextVar("masked_oracle_run")
@@ -391,4 +438,4 @@ def _check_prune(prune: Prune, layers: int, visual: Tensor) -> None:
         raise ValueError(f"`given` must have the shape {list(wanted)}, got {list(prune.given.shape)}")
 
 
-__all__ = ["MaskedOutput", "Masks", "Prune", "masked_forward", "masked_greedy"]
+__all__ = ["MaskedOutput", "Masks", "Neighbors", "Prune", "masked_forward", "masked_greedy"]

@@ -13,3 +13,8 @@ def model(request):
 @pytest.fixture(scope="session")
 def mha():
     return random_llava(layers=LAYERS, heads=HEADS, ffn=FFN)
+
+
+@pytest.fixture(scope="session")
+def gqa():
+    return random_llava(layers=LAYERS, heads=HEADS, kv_heads=2, ffn=FFN)

@@ -95,7 +95,7 @@ def _tower_linears(request: Request) -> int:
     for node in request.program.graphs["vision"].nodes:
         if node.target in (aten.linear.default, aten.conv2d.default):
             layer = info(node).layer
-            by_layer[layer] = by_layer.get(layer, 0) + node_flops(node, request.sizes)[0]
+            by_layer[layer] = by_layer.get(layer, 0) + node_flops(node, request.sizes, request.device)[0]
     last = max(by_layer)
     tower = [flops for layer, flops in by_layer.items() if 0 <= layer < last]
     vision = request.program.info.config.get("vision_config", {})

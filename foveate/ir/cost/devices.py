@@ -27,7 +27,8 @@ class Device:
     """A machine: peak rates by number format in FLOP/s, memory bandwidth in byte/s.
 
     memory_bytes: what fits, 0 if unknown. op_s: seconds that each op takes besides its work. attention: share of the
-    rate that attention reaches. fused: whether chains of elementwise ops run as one kernel.
+    rate that attention reaches. fused: whether chains of elementwise ops run as one kernel. kind: the type of torch's
+    device, `cpu` or `cuda`: kernels differ.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     attention: float = 1
     fused: bool = False
     about: str = ""
+    kind: str = "cpu"
 
     def rate(self, dtype: str) -> float:
         """FLOP/s in a number format, or in the next wider one that the device has."""
@@ -111,6 +113,8 @@ def _device(name: str, entry: Any, where: str) -> Device:
             raise InputError(f"{place}: {label} must be a number of at least {least:g}, it is {value!r}")
     if not isinstance(entry.get("fused", False), bool) or not isinstance(entry.get("about", ""), str):
         raise InputError(f"{place}: fused must be true or false, about must be text")
+    if entry.get("kind", "cpu") not in ("cpu", "cuda"):
+        raise InputError(f"{place}: kind must be cpu or cuda, it is {entry['kind']!r}")
     return Device(name=name, **{**entry, "flops_per_s": {str(k): float(v) for k, v in rates.items()}})
 
 

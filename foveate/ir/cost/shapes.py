@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from foveate.ir.attention import Attention, attentions
+from foveate.ir.attention import attentions, taken_apart
 from foveate.ir.cost.sizes import Sizes
 from foveate.ir.program import Program, layer_kv
 from foveate.ir.rewriter import nodes_of
@@ -35,7 +35,7 @@ def layer_shapes(program: Program, sizes: Sizes) -> list[LayerShape]:
     heads, neurons = about.heads, about.intermediate_size
     shapes = []
     for layer, kv in enumerate(layer_kv(graph)):
-        queries = [sizes.shape(Attention.of(n).q[0]) for n in attentions(graph, layer, "visual")]
+        queries = [sizes.shape(taken_apart(n).queries[0]) for n in attentions(graph, layer, "visual")]
         ffn = [sizes.shape(n) for n in _down_inputs(program, layer)]
         keys = sizes.shape(kv.visual[0]) if kv.visual else None
         if not ffn and not keys:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from foveate import ops
 from foveate.ir.attention import Attention
 from foveate.ir.cost.devices import Device
+from foveate.ir.cost.neighbors import neighbor_flops
 from foveate.ir.cost.sizes import Precision, Sizes
 from foveate.ir.program import args_of, info, outputs
 from foveate.ir.tokens import ELEMENTWISE
@@ -41,6 +42,8 @@ VIEWS = {
 
 GATHERS = {ops.take_tokens, aten.embedding.default}
 """Ops that read only as much of their source as they return."""
+
+ATTENTIONS = {ops.attention, ops.neighbor_attention, ops.encoder_attention, ops.varlen_attention}
 
 FUSABLE = {
     *ELEMENTWISE,
@@ -121,7 +124,7 @@ class Meter:
         """The work of one node."""
         if node.op != "call_function" or node.target in VIEWS:
             return Work()
-        flops, computed = node_flops(node, self.sizes)
+        flops, computed = node_flops(node, self.sizes, self.device)
         moved = {"weight": 0, "activation": 0, "kv": 0}
         out = self._written(node)
         moved[self.kind(node)] += out
@@ -146,7 +149,7 @@ class Meter:
 
     def _timed(self, node: fx.Node, flops: int, computed: int, moved: dict[str, int], written: int) -> Work:
         rate = self.device.rate(self.precision.dtype)
-        if node.target in (ops.attention, ops.encoder_attention, ops.varlen_attention):
+        if node.target in ATTENTIONS:
             rate *= self.device.attention
         compute, memory = computed / rate, sum(moved.values()) / self.device.bytes_per_s
         overhead = self.device.op_s if sum(moved.values()) else 0.0
@@ -179,10 +182,13 @@ def readers(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def node_flops(node: fx.Node, sizes: Sizes) -> tuple[int, int]:
+def node_flops(node: fx.Node, sizes: Sizes, device: Device) -> tuple[int, int]:
     """FLOPs of one node as they are counted, and as they are computed (a causal call leaves half of its square out)."""
     if node.target == ops.attention:
         return _attention(node, sizes)
+    if node.target == ops.neighbor_attention:
+        count = neighbor_flops(node, sizes, device.kind)
+        return count, count
     rule = FLOPS.get(node.target)
     count = rule(node, sizes) if rule else 0
     return count, count

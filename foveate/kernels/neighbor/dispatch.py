@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +67,8 @@ def described(
             f"neighbor_attention has {tokens} visual queries and {k[0].shape[2]} visual keys: not the same"
         )
     images = read_grids(grids.tolist(), tokens)
+    if images and len(k) == 1:
+        images = tuple(replace(grid, text_start=0, text_stop=0) for grid in images)
     for grid in images or ():
         if not (0 <= grid.row < batch and 0 <= grid.text_start <= grid.text_stop <= text):
             raise InputError(f"{grid} of neighbor_attention is outside its {batch} batch rows and {text} text keys")
