@@ -31,6 +31,7 @@ PIPELINES = (
     "fastv{layer=1,keep=0.5}",
     "random-prune{layer=1,keep=0.29,seed=3}",
     "fastv{layer=1,keep=0.5},fastv{layer=2,keep=0.5}",
+    "neighbor-attention{radius=1},fastv{layer=1,keep=0.5}",
     "drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons{keep=0.5},fastv{layer=1,keep=0.5},"
     "cut-visual{from_layer=2}",
 )

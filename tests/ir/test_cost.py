@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from foveate import ops
 from foveate.errors import InputError
 from foveate.ir.cost import Cost, cost_of
 from foveate.ir.cost.devices import Device
-from foveate.ir.cost.work import FLOPS
+from foveate.ir.cost.neighbors import image_grids
+from foveate.ir.cost.sizes import Sizes
+from foveate.ir.cost.work import ATTENTIONS, FLOPS
 from foveate.ir.join import join
 from foveate.ir.program import Program
 from foveate.kernels import IMPLEMENTATIONS
@@ -61,7 +64,7 @@ def inside(implementation: Any) -> Any:
 
 COUNTED = {
     getattr(torch.ops.foveate, name): inside(IMPLEMENTATIONS[name])
-    for name in ("attention", "encoder_attention", "varlen_attention", "attention_row")
+    for name in ("attention", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row")
 }
 
 
@@ -75,6 +78,11 @@ def counted(program: Program, graph: fx.Graph, sizes: dict[str, int]) -> int:
         value = node.meta["val"]
         if not isinstance(value, Tensor):
             inputs.append(sizes["prefix"])
+            continue
+        if node.name == "grids":
+            batch, visual, text = (sizes[name] for name in ("batch", "visual_tokens", "text_tokens"))
+            grids = image_grids(Sizes(program, sizes), batch, visual, text) or ()
+            inputs.append(torch.tensor([astuple(grid) for grid in grids], dtype=torch.int64).view(-1, 6))
             continue
         shape = [s if isinstance(s, int) else int(s.node.expr.subs(symbols)) for s in value.shape]
         inputs.append(torch.zeros(shape, dtype=value.dtype))
@@ -284,7 +292,7 @@ def test_costs_as_plain_data() -> None:
 
 
 def test_the_ops_that_the_test_counts_are_the_ops_that_compute() -> None:
-    assert {o.default for o in COUNTED} == {op for op in (*FLOPS, ops.attention) if op.namespace == "foveate"}
+    assert {o.default for o in COUNTED} == {op for op in (*FLOPS, *ATTENTIONS) if op.namespace == "foveate"}
 
 
 @pipelines

@@ -29,7 +29,9 @@ def prompt(visual: int, text: int, prefix: int, batch: int = 2, seed: int = 0) -
     start = max(prefix, 2)
     places = torch.arange(visual + text)
     orders = {"visual": places[start : start + visual], "text": torch.cat([places[:start], places[start + visual :]])}
-    inputs: dict[str, Any] = {"prefix": prefix}
+    number = torch.arange(visual)
+    coords = torch.stack([number // 16, number % 16 // 4, number % 4], 1).expand(batch, -1, -1)
+    inputs: dict[str, Any] = {"prefix": prefix, "visual_coords": coords, "grids": torch.empty(0, 6, dtype=torch.int64)}
     for name, order in orders.items():
         rows = order.repeat(batch, 1)
         inputs[name] = torch.randn(batch, rows.shape[1], 32, generator=generator)

@@ -32,7 +32,7 @@ steps = pytest.mark.parametrize(("before", "step"), STEPS, ids=lambda x: x.text(
 @pytest.mark.parametrize("graph", ["vision", "prefill", "decode", "joined"])
 def test_every_node_says_who_made_it_and_from_what(pipeline: str, graph: str) -> None:
     program = pruned(pipeline)
-    known = {"trace", "split", "keep-last", "decode", "join", *(p.name for _, p in passes_of(pipeline))}
+    known = {"trace", "split", "keep-last", "decode", "join", "share", *(p.name for _, p in passes_of(pipeline))}
     chosen = join(program, program.prefill) if graph == "joined" else program.graphs[graph]
     for node in chosen.nodes:
         about = node.meta["foveate"]

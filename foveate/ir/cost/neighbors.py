@@ -31,10 +31,10 @@ def neighbor_flops(node: fx.Node, sizes: Sizes, kind: str) -> int:
     )
     if not batch * heads * tokens:
         return 0
-    return 4 * heads * size * plan(call, _grids(sizes, batch, tokens, text), triton=kind == "cuda").pairs
+    return 4 * heads * size * plan(call, image_grids(sizes, batch, tokens, text), triton=kind == "cuda").pairs
 
 
-def _grids(sizes: Sizes, batch: int, tokens: int, text: int) -> Grids | None:
+def image_grids(sizes: Sizes, batch: int, tokens: int, text: int) -> Grids | None:
     """The images of a batch, alike in every row; None where tokens are missing, so that no grid is promised."""
     images = sizes.names["images"] // batch
     if tokens != sizes.names["visual_tokens"] or not images or tokens % images:
