@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate import ops
 from foveate.errors import InputError
 from foveate.ir.cost import Cost, cost_of
 from foveate.ir.cost.devices import Device
