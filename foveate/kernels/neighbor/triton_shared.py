@@ -1,7 +1,8 @@
-"""What the forward and the backward kernels share: halos, masks and softmax steps of 2-D patches.
+"""What the forward and the backward kernels share: addresses, patches, halos and masks.
 
 A *patch* is a rectangle of tokens of one image, its *halo* the tokens that it may see (or that may see it), clipped
-to the image. Rows and columns inside a program are counted from the patch's first token, so they are small.
+to the image. Rows and columns inside a program are counted from the patch's first token, its *corner*, so they are
+small. Streams are `triton_launch.Stream` tuples; inside one batch row offsets fit in 32 bits.
 """
 
 import triton
@@ -15,25 +16,54 @@ UNSEEN = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def head_of(x, batch, head):
-    """Address of a stream's token 0 in one batch row and head."""
-    return x.base + batch * x.batch + head * x.head
+def address(x, batch, head, token):
+    """Where a token's elements begin, of one head or of a head for each token."""
+    return x.base + batch * x.batch + (head * x.head + token * x.token)
 
 
 @triton.jit
-def load_tokens(base, stride, tokens, valid, size: tl.constexpr, padded: tl.constexpr):
-    """[tokens, padded] elements of one head; zero where a token is not valid, and behind the head's size."""
+def load_rows(x, batch, head, token, valid, size: tl.constexpr, padded: tl.constexpr):
+    """[tokens, padded] elements; zero where a token is not valid, and behind the head's size."""
     element = tl.arange(0, padded)
-    return tl.load(
-        base + tokens[:, None] * stride + element[None, :],
-        mask=valid[:, None] & (element < size)[None, :],
-        other=0.0,
-    )
+    mask = valid[:, None] & (element < size)[None, :]
+    return tl.load(address(x, batch, head, token)[:, None] + element[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(x, batch, head, token, values, valid, size: tl.constexpr, padded: tl.constexpr):
+    """Write what `load_rows` would read."""
+    element = tl.arange(0, padded)
+    mask = valid[:, None] & (element < size)[None, :]
+    target = address(x, batch, head, token)[:, None] + element[None, :]
+    tl.store(target, values.to(x.base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def image_of(images, number):
+    """Batch row, first token, height, width, first text key and end of those of an image."""
+    image = images + number * 8
+    batch = tl.load(image).to(tl.int64)
+    first, height, width = tl.load(image + 1), tl.load(image + 2), tl.load(image + 3)
+    return batch, first, height, width, tl.load(image + 4), tl.load(image + 5)
+
+
+@triton.jit
+def packed_patch(
+    height, width, key_head, group: tl.constexpr, packed: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr
+):
+    """Head, row and column of each matrix row of a patch with all query heads of a key head, and whether it is one.
+
+    height, width: what is left of the image from the patch's corner on.
+    """
+    place = tl.arange(0, packed * rows * cols)
+    member = place // (rows * cols)
+    row, col = place % (rows * cols) // cols, place % cols
+    return key_head * group + member, row, col, (member < group) & (row < height) & (col < width)
 
 
 @triton.jit
 def halo(top, left, height, width, above, below, sideways, rows: tl.constexpr, cols: tl.constexpr):
-    """First row and column of a clipped halo (counted from the patch), its width, and its number of tokens."""
+    """First row and column of a clipped halo (counted from the corner), its width, and its number of tokens."""
     first_row = tl.maximum(top - above, 0)
     first_col = tl.maximum(left - sideways, 0)
     high = tl.minimum(top + rows + below, height) - first_row

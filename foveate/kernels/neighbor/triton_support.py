@@ -15,7 +15,7 @@ LONGEST_SIDE = 4096
 MOST_HEADS = 16
 """Most query heads of one key head: they share a program."""
 
-HEAD_SIZES = range(16, 257)
+HEAD_SIZES = range(16, 129)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METRICS = ("chebyshev", "euclidean")
 
@@ -54,6 +54,9 @@ def supports(q: Tensor, k: Tensor, text_k: Tensor | None, grids: Tensor, metric:
     if side > LONGEST_SIDE:
         return f"an image is {side} tokens long, this form takes up to {LONGEST_SIDE}"
     for name, x in (("q", q), ("k", k), ("the text's k", text_k)):
-        if x is not None and x.shape[2] * max(x.stride(2), x.shape[1] * x.shape[3]) >= 2**31:
-            return f"one head of {name} spans 2**31 elements or more"
+        if (
+            x is not None
+            and max(x.shape[1:].numel(), sum(s * (n - 1) for s, n in zip(x.stride()[1:], x.shape[1:]))) >= 2**31
+        ):
+            return f"a batch row of {name} spans 2**31 elements or more"
     return None

@@ -32,3 +32,9 @@ def errors() -> dict[str, dict[str, dict[str, float]]]:
 def test_forward_equals_the_oracle(name: str, errors) -> None:
     worst = errors["forward"][name]
     assert max(worst.values()) <= TOLERANCE[triton_cases.FORWARD[name].dtype], worst
+
+
+@pytest.mark.parametrize("name", triton_cases.BACKWARD)
+def test_backward_equals_autograd_of_the_oracle(name: str, errors) -> None:
+    worst = errors["backward"][name]
+    assert max(worst.values()) <= 2e-5, worst

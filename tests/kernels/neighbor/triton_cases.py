@@ -112,7 +112,7 @@ def inputs(case: Case) -> tuple[list[Tensor], Tensor]:
 def oracle(case: Case, streams: list[Tensor], grids: Tensor) -> tuple[Tensor, Tensor]:
     """Output [B, n, H, e] and log-sum-exp [B, H, n] with one dense mask an image; 0 where a token is padding."""
     q, k, v, *text = streams
-    o, lse = torch.zeros_like(q), q.new_zeros(q.shape[:3])
+    o, lse = 0 * q, q.new_zeros(q.shape[:3])
     for row, first, height, width, start, stop in grids.tolist():
         token = torch.arange(height * width)
         down, across = (x[:, None] - x[None, :] for x in (token // width, token % width))
@@ -151,10 +151,48 @@ def forward_errors(case: Case) -> dict[str, float]:
     return {"o": gap(o, expected[0]), "lse": gap(lse, expected[1])}
 
 
+BACKWARD = [
+    "one image",
+    "both ways",
+    "euclidean, both ways, radius 5",
+    "radius 0",
+    "radius beyond the image",
+    "three heads a key head",
+    "seven heads, text, both ways",
+    "sixteen heads a key head",
+    "one token and text",
+    "one row",
+    "one column",
+    "long text",
+    "text nobody sees",
+    "ragged",
+    "ragged, three heads, both ways",
+    "a batch row without an image",
+    "no image",
+    "head size 24",
+    *drawn(6),
+]
+
+
+def backward_errors(case: Case) -> dict[str, float]:
+    streams, grids = inputs(case)
+    text_k, text_v = streams[3:] or (None, None)
+    options = (grids, case.radius, case.metric, case.causal, SCALE)
+    o, lse = triton_launch.forward(*streams[:3], text_k, text_v, *options)
+    d_out = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    actual = triton_launch.backward(d_out, *streams[:3], text_k, text_v, o, lse, *options)
+    leaves = [x.double().requires_grad_() for x in streams]
+    oracle(case, leaves, grids)[0].backward(d_out.double())
+    names = ["q", "k", "v", "text k", "text v"]
+    return {n: gap(a, torch.zeros_like(x) if x.grad is None else x.grad) for n, a, x in zip(names, actual, leaves)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     assert available(torch.device("cpu")), "TRITON_INTERPRET=1 must be set"
-    print(json.dumps({"forward": {name: forward_errors(case) for name, case in FORWARD.items()}}))
+    forward = {name: forward_errors(case) for name, case in FORWARD.items()}
+    backward = {name: backward_errors(FORWARD[name]) for name in BACKWARD}
+    print(json.dumps({"forward": forward, "backward": backward}))
 
 
 if __name__ == "__main__":

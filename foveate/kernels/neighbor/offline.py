@@ -1,0 +1,132 @@
+"""Compiles a launch for a GPU that need not be there, and reads from the machine code what it would take of one.
+
+The tools come with Triton's wheel. Tensors may be on the meta device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.kernels.neighbor.triton_problem import Launch
+
+MOST_REGISTERS = 255
+"""Of one thread."""
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that one program can have, by ten times the compute capability."""
+
+MATRIX = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
+"""Opcodes of matrix instructions, the GPU's own first."""
+
+ASYNC_COPY = ("LDGSTS", "UTMALDG")
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel takes: registers of a thread, bytes spilled, bytes of shared memory.
+
+    matrix and copies: how often the machine code holds each matrix instruction and each asynchronous copy.
+    """
+
+    capability: int
+    registers: int
+    spilled: int
+    shared: int
+    matrix: dict[str, int]
+    copies: dict[str, int]
+
+    def faults(self) -> list[str]:
+        """What makes the kernel unfit for its GPU; empty if nothing does."""
+        limit = SHARED_LIMIT[self.capability]
+        found = {
+            f"{self.spilled} bytes are spilled": self.spilled > 0,
+            f"{self.registers} registers, {MOST_REGISTERS} is the limit": self.registers > MOST_REGISTERS,
+            f"{self.shared} bytes of shared memory, {limit} is the limit": self.shared > limit,
+            f"no matrix instruction ({', '.join(MATRIX[self.capability])})": not self.matrix,
+            f"no asynchronous copy ({', '.join(ASYNC_COPY)})": not self.copies,
+        }
+        return [text for text, wrong in found.items() if wrong]
+
+
+def resources(launch: Launch, capability: int) -> Resources:
+    """Compile a launch for a GPU of this compute capability (times ten) and read what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _signature(launch)
+    compiled = triton.compile(
+        ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.config.warps, "num_stages": launch.config.stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage, code = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "-c", file.name)
+    counted = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code, re.MULTILINE)
+    return Resources(
+        capability=capability,
+        registers=counted["REG"],
+        spilled=counted["STACK"] + counted["LOCAL"],
+        shared=compiled.metadata.shared,
+        matrix=_count(opcodes, MATRIX[capability]),
+        copies=_count(opcodes, ASYNC_COPY),
+    )
+
+
+def _signature(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Types, constants and alignments of a launch's arguments, as a call of the kernel would find them."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        if name in launch.constants:
+            signature[name], constants[(index,)] = "constexpr", launch.constants[name]
+            continue
+        value = launch.arguments[name]
+        if isinstance(value, tuple):
+            signature[name] = type(value)(*map(_type, value))  # type: ignore[misc]  # a named tuple, a field an argument
+        else:
+            signature[name] = _type(value)
+        parts = {(index, at): part for at, part in enumerate(value)} if isinstance(value, tuple) else {(index,): value}
+        fixed = launch.kernel.params[index].do_not_specialize
+        attributes |= {at: [["tt.divisibility", 16]] for at, part in parts.items() if not fixed and _aligned(part)}
+    return signature, constants, attributes
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _aligned(value: Any) -> bool:
+    """Whether a call would find the argument a multiple of 16; memory comes from PyTorch's allocators, which align."""
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _count(opcodes: list[str], wanted: tuple[str, ...]) -> dict[str, int]:
+    return {name: opcodes.count(name) for name in wanted if name in opcodes}
