@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.kernels.neighbor.triton_problem import Launch
+from foveate.kernels.neighbor.triton_configs import backward_configs, forward_config
+from foveate.kernels.neighbor.triton_launch import dkv_launch, dq_launch, forward_launch, text_launch
+from foveate.kernels.neighbor.triton_problem import Launch, Problem
 
 MOST_REGISTERS = 255
 """Of one thread."""
@@ -63,6 +65,33 @@ class Resources:
         return [text for text, wrong in found.items() if wrong]
 
 
+def meta_problem(
+    heads: int, key_heads: int, size: int, radius: int = 2, dtype: torch.dtype = torch.bfloat16, causal: bool = True
+) -> Problem:
+    """An image of 64 x 64 tokens behind 35 text tokens, without memory."""
+
+    def stream(tokens: int, heads: int) -> Tensor:
+        return torch.empty(1, tokens, heads, size, dtype=dtype, device="meta").transpose(1, 2)
+
+    q, k, text = stream(4096, heads), stream(4096, key_heads), stream(48, key_heads)
+    return Problem(q, k, k, text, text, ((0, 0, 64, 64, 0, 35),), radius, "chebyshev", causal, size**-0.5)
+
+
+def launches(problem: Problem, capability: int) -> dict[str, Launch]:
+    """All launches of a problem on a GPU of this compute capability (times ten), by the kernel's name."""
+    q, k = problem.q, problem.k
+    o = torch.empty_like(q.transpose(1, 2))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    backward = backward_configs(capability, problem.packed, q.element_size())
+    found = (
+        forward_launch(problem, o, lse, forward_config(problem.packed, problem.radius, q.element_size())),
+        dq_launch(problem, o, o, lse, lse, q, backward.dq),
+        dkv_launch(problem, o, lse, lse, k, k, backward.dkv),
+        text_launch(problem, o, lse, lse, 256, backward.text)[0],
+    )
+    return {launch.kernel.__name__: launch for launch in found}
+
+
 def resources(launch: Launch, capability: int) -> Resources:
     """Compile a launch for a GPU of this compute capability (times ten) and read what it takes."""
     import triton
@@ -73,7 +102,7 @@ def resources(launch: Launch, capability: int) -> Resources:
     compiled = triton.compile(
         ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.config.warps, "num_stages": launch.config.stages},
+        options=launch.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
@@ -100,13 +129,12 @@ def _signature(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], An
             signature[name], constants[(index,)] = "constexpr", launch.constants[name]
             continue
         value = launch.arguments[name]
-        if isinstance(value, tuple):
-            signature[name] = type(value)(*map(_type, value))  # type: ignore[misc]  # a named tuple, a field an argument
-        else:
-            signature[name] = _type(value)
+        special = not launch.kernel.params[index].do_not_specialize
         parts = {(index, at): part for at, part in enumerate(value)} if isinstance(value, tuple) else {(index,): value}
-        fixed = launch.kernel.params[index].do_not_specialize
-        attributes |= {at: [["tt.divisibility", 16]] for at, part in parts.items() if not fixed and _aligned(part)}
+        types = ["constexpr" if special and _is_one(part) else _type(part) for part in parts.values()]
+        signature[name] = type(value)(*types) if isinstance(value, tuple) else types[0]
+        constants |= {at: 1 for at, part in parts.items() if special and _is_one(part)}
+        attributes |= {at: [["tt.divisibility", 16]] for at, part in parts.items() if special and _aligned(part)}
     return signature, constants, attributes
 
 
@@ -114,6 +142,11 @@ def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
+
+
+def _is_one(value: Any) -> bool:
+    """Whether a call would make the argument a constant."""
+    return isinstance(value, int) and value == 1
 
 
 def _aligned(value: Any) -> bool:

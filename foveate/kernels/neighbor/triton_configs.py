@@ -19,35 +19,43 @@ class Config(NamedTuple):
     stages: int
 
 
-PATCHES = {2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8)}
+PATCHES = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8)}
 """Patch of so many tokens."""
+
+ROWS = 64
+"""Rows of a matrix instruction of compute capability 9.0; with less of them part of it would stay idle."""
 
 
 def forward_config(group: int, radius: int, element_size: int) -> Config:
     """For `group` query heads a key head, a power of two up to 16, of elements of so many bytes."""
     if element_size == 4:
-        return Config(*PATCHES[32 // group], block=32, warps=8, stages=2)
-    # 64 rows fill a matrix instruction. A large radius makes the halos of 2 x 4 patches wasteful.
-    tokens = min(max(64 // group, 8 if radius <= 2 else 16), 128 // group)
+        return Config(*PATCHES[16 // group], block=32, warps=8, stages=2)
+    # A large radius makes the halos of 2 x 4 patches wasteful.
+    tokens = min(max(ROWS // group, 8 if radius <= 2 else 16), 2 * ROWS // group)
     return Config(*PATCHES[tokens], block=32, warps=tokens * group // 16, stages=3)
 
 
 class BackwardConfigs(NamedTuple):
-    """Sizes of the three backward kernels; text keys come in blocks of `text.rows`."""
+    """Sizes of the three backward kernels; `text` owns blocks of `rows` text keys."""
 
     dq: Config
     dkv: Config
     text: Config
 
 
-def backward_configs(group: int, element_size: int) -> BackwardConfigs:
-    """For `group` query heads a key head, a power of two up to 16, of elements of so many bytes."""
+def backward_configs(capability: int, group: int, element_size: int) -> BackwardConfigs:
+    """For a GPU of this compute capability (times ten); else as `forward_config`."""
     if element_size == 4:
-        patch = PATCHES[32 // group]
-        return BackwardConfigs(Config(*patch, 32, 8, 1), Config(4, 4, 32, 8, 1), Config(16, 1, 32, 8, 1))
-    tokens = max(64 // group, 8)
-    dq = Config(*PATCHES[tokens], block=32, warps=tokens * group // 16, stages=2)
-    return BackwardConfigs(dq, Config(8, 8, 32, 4, 2), Config(64, 1, 32, 4, 2))
+        narrow = {"block": 32, "warps": 8, "stages": 2}
+        return BackwardConfigs(Config(*PATCHES[16 // group], **narrow), Config(4, 4, **narrow), Config(16, 1, **narrow))
+    # From 10.0 on results of matrix instructions lie in a memory of their own, and four warps have registers enough.
+    warps = 8 if capability < 100 else 4
+    tokens = max(ROWS // group, 8)
+    return BackwardConfigs(
+        dq=Config(*PATCHES[tokens], block=32, warps=warps, stages=2),
+        dkv=Config(8, 8, block=32, warps=warps, stages=2),
+        text=Config(64, 1, block=32, warps=warps, stages=2),
+    )
 
 
 MOST_PROGRAMS = 512

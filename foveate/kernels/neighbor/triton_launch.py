@@ -14,6 +14,7 @@ from torch import Tensor
 from foveate.kernels.neighbor.tables import grid_rows, image_table, run_table, text_end, tile_table
 from foveate.kernels.neighbor.triton_configs import Config, backward_configs, forward_config, text_run
 from foveate.kernels.neighbor.triton_problem import Launch, Problem, stream
+from foveate.kernels.neighbor.triton_support import capability
 
 
 def forward(
@@ -60,7 +61,7 @@ def backward(
     problem = Problem(q, k, v, text_k, text_v, grid_rows(grids), radius, metric, causal, scale)
     delta = torch.empty_like(lse)
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
-    configs = backward_configs(problem.packed, q.element_size())
+    configs = backward_configs(capability(q.device), problem.packed, q.element_size())
     dq_launch(problem, d_out, o, lse, delta, dq, configs.dq).run()
     dkv_launch(problem, d_out, lse, delta, dk, dv, configs.dkv).run()
     problem.clear_padding(dq, dk, dv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 
 import torch
@@ -20,7 +21,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METRICS = ("chebyshev", "euclidean")
 
 
-@functools.cache
 def available(device: torch.device) -> bool:
     """Whether Triton is installed and has a device to run on: a GPU from 8.0 on, or its interpreter."""
     if importlib.util.find_spec("triton") is None:
@@ -54,9 +54,12 @@ def supports(q: Tensor, k: Tensor, text_k: Tensor | None, grids: Tensor, metric:
     if side > LONGEST_SIDE:
         return f"an image is {side} tokens long, this form takes up to {LONGEST_SIDE}"
     for name, x in (("q", q), ("k", k), ("the text's k", text_k)):
-        if (
-            x is not None
-            and max(x.shape[1:].numel(), sum(s * (n - 1) for s, n in zip(x.stride()[1:], x.shape[1:]))) >= 2**31
-        ):
-            return f"a batch row of {name} spans 2**31 elements or more"
+        if x is not None and _span(x) >= 2**31:
+            return f"a batch row of {name} spans {_span(x)} elements, this form takes up to 2**31"
     return None
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first to the last of a batch row, as it lies in memory or would without gaps."""
+    there = sum(stride * (size - 1) for stride, size in zip(x.stride()[1:], x.shape[1:]))
+    return max(there, math.prod(x.shape[1:]))
