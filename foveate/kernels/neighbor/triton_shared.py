@@ -74,7 +74,8 @@ def halo(top, left, height, width, above, below, sideways, rows: tl.constexpr, c
 @triton.jit
 def halo_place(slot, first_row, first_col, wide, count):
     """Row and column of each halo slot, slots counted in raster order."""
-    # A float product instead of an integer division; with the half added it is exact up to 2**21 slots.
+    # A float product instead of an integer division. With the half added it is exact for 2**20 slots, even where the
+    # reciprocal is off by two units in the last place.
     row = ((slot.to(tl.float32) + 0.5) * (1.0 / wide)).to(tl.int32)
     col = slot - row * wide
     return tl.where(slot < count, row + first_row, FAR), col + first_col

@@ -10,8 +10,8 @@ import os
 import torch
 from torch import Tensor
 
-LONGEST_SIDE = 4096
-"""Distances are squared in 32 bits (see `triton_shared.FAR`)."""
+LONGEST_SIDE = 1024
+"""So that no halo has more slots than `triton_shared.halo_place` tells apart."""
 
 MOST_HEADS = 16
 """Most query heads of one key head: they share a program."""

@@ -39,7 +39,7 @@ def test_each_fault_is_told() -> None:
         capability=80, registers=255, spilled=0, shared=163 * 1024, matrix={"HMMA": 1}, copies={"LDGSTS": 1}
     )
     assert good.faults() == []
-    bad = Resources(capability=80, registers=256, spilled=8, shared=163 * 1024 + 1, matrix={}, copies={})
+    bad = Resources(80, registers=256, spilled=8, shared=163 * 1024 + 1, matrix={}, copies={})
     assert bad.faults() == [
         "8 bytes are spilled",
         "256 registers, 255 is the limit",

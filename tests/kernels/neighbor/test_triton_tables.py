@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.kernels.neighbor.tables import KEPT, Grids, grid_rows, image_table, run_table, text_end, tile_table
 from foveate.kernels.neighbor.triton_configs import backward_configs, forward_config, text_run
-from foveate.kernels.neighbor.triton_support import available, supports
+from foveate.kernels.neighbor.triton_support import LONGEST_SIDE, available, supports
 
 CPU = torch.device("cpu")
 TWO = ((1, 0, 3, 5, 0, 4), (0, 0, 2, 2, 1, 1))
@@ -89,6 +89,17 @@ def test_runs_of_long_videos_grow_so_that_shares_stay_few() -> None:
     assert 500 <= -(-(16384 * 32) // text_run(16384, 32)) <= 512
 
 
+@pytest.mark.parametrize("off", [-2, 0, 2])
+def test_halo_rows_are_told_exactly_up_to_the_longest_side(off: int) -> None:
+    """Division as in `triton_shared.halo_place`, with a reciprocal that is off by so many units in the last place."""
+    width = torch.arange(1, LONGEST_SIDE + 1)[:, None]
+    bits = (1.0 / width.float()).view(torch.int32) + off
+    row = torch.arange(0, LONGEST_SIDE + 1)[None, :]
+    for slot in (row * width, (row + 1) * width - 1):
+        told = ((slot.float() + 0.5) * bits.view(torch.float32)).int()
+        assert torch.equal(told.long(), row.expand_as(told))
+
+
 def inputs(heads: int = 4, key_heads: int = 2, size: int = 64, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     return [torch.empty(1, h, 15, size, dtype=dtype, device="meta") for h in (heads, key_heads, key_heads)]
 
@@ -96,6 +107,7 @@ def inputs(heads: int = 4, key_heads: int = 2, size: int = 64, dtype: torch.dtyp
 def test_what_is_taken_and_what_is_refused_with_a_reason() -> None:
     grid = torch.tensor([[0, 0, 3, 5, 0, 4]])
     q, k, text = inputs()
+    wide = torch.empty(1, 2, 2**25, 64, device="meta").expand(3, 2, 2**25, 64)
     assert supports(q, k, text, grid, "chebyshev") is supports(q, k, None, grid[:0], "euclidean") is None
     assert supports(*inputs(28, 4, 96, torch.float16), grid, "euclidean") is None
     refused = {
@@ -105,13 +117,7 @@ def test_what_is_taken_and_what_is_refused_with_a_reason() -> None:
         "head size is 256": (*inputs(size=256), grid, "chebyshev"),
         "head size is 8": (*inputs(size=8), grid, "chebyshev"),
         "an image is 5000 tokens long": (q, k, text, torch.tensor([[0, 0, 1, 5000, 0, 0]]), "chebyshev"),
-        "a batch row of the text's k spans": (
-            q,
-            k,
-            text.expand(1, 2, 15, 64).as_strided((1, 2, 2**25, 64), (0, 0, 64, 1)),
-            grid,
-            "chebyshev",
-        ),
+        "a batch row of the text's k spans": (q, k, wide, grid, "chebyshev"),
     }
     for reason, arguments in refused.items():
         assert reason in str(supports(*arguments))
