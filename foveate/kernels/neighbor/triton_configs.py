@@ -1,7 +1,7 @@
 """Patch and block sizes of the Triton kernels: a static choice, so that nothing is tuned while a model runs.
 
-Chosen by arithmetic and by what compiles without spills for compute capabilities 8.0, 9.0 and 10.0
-(`benchmarks/triton_resources.py`); the same sizes suit all three.
+Chosen by arithmetic and by what compiles without spills for compute capabilities 8.0, 9.0 and 10.0, with Triton 3.6
+and 3.9 (`benchmarks/triton_resources.py`); no time has been measured yet.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 
 from tests.kernels.neighbor import triton_cases
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3}
 

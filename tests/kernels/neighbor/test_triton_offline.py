@@ -27,6 +27,7 @@ def test_every_kernel_compiles_without_faults(capability: int, heads: tuple[int,
     assert all({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[capability] in x.matrix for x in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radius", [2, 5])
 @pytest.mark.parametrize("heads", [(32, 32), (32, 16), (32, 8), (28, 4), (32, 2)])
 def test_a_large_radius_and_any_group_fit_too(heads: tuple[int, int], radius: int) -> None:

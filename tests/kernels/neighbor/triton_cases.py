@@ -30,7 +30,7 @@ class Case:
     radius: int = 2
     metric: str = "chebyshev"
     causal: bool = True
-    text: int = 0
+    text: int | None = None
     padding: int = 0
     dtype: str = "float32"
     patches: int = 2
@@ -61,6 +61,7 @@ FORWARD = {
     "one column": Case(((0, 0, 19, 1, 0, 3),), text=3, radius=1, causal=False),
     "long text": Case(((0, 0, 3, 5, 1, 75),), text=77),
     "text not from its start": Case(((0, 0, 4, 4, 3, 5),), text=9),
+    "a text stream without a token": Case((ONE,), text=0),
     "text nobody sees": Case((ONE,), text=9),
     "ragged": Case(RAGGED, text=6, padding=2),
     "ragged, three heads, both ways": Case(RAGGED, group=3, text=6, padding=2, causal=False),
@@ -101,7 +102,7 @@ FORWARD |= drawn(12)
 
 
 def inputs(case: Case) -> tuple[list[Tensor], Tensor]:
-    """q, k, v and, if there is text, its k and v, as views of token-major memory; grids [images, 6]."""
+    """q, k, v and, if there is a text stream, its k and v, as views of token-major memory; grids [images, 6]."""
     generator = torch.Generator().manual_seed(0)
     grids = torch.tensor(case.images, dtype=torch.int64).reshape(len(case.images), 6)
     batch = int(grids[:, 0].max()) + 1 if len(grids) else 1
@@ -112,7 +113,7 @@ def inputs(case: Case) -> tuple[list[Tensor], Tensor]:
         return x.to(getattr(torch, case.dtype)).transpose(1, 2)
 
     sizes = [(tokens, case.heads * case.group), *[(tokens, case.heads)] * 2, *[(case.text, case.heads)] * 2]
-    return [stream(*size) for size in sizes if size[0]], grids
+    return [stream(*size) for size in sizes if size[0] is not None], grids
 
 
 def oracle(case: Case, streams: list[Tensor], grids: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +183,7 @@ BACKWARD = [
     "one row",
     "one column",
     "long text",
+    "a text stream without a token",
     "text nobody sees",
     "ragged",
     "ragged, three heads, both ways",
