@@ -137,19 +137,31 @@ def read_recipe(name: str) -> list[Pass]:
     return _from_yaml(known[name])
 
 
-def _from_yaml(path: Path) -> list[Pass]:
-    """A recipe file: a mapping with `passes`, a list of names or of {name: {option: value}}."""
+def recipe_models(name: str) -> list[str]:
+    """The models that a shipped recipe was written for; none where it is for any."""
+    models = _content(recipes()[name]).get("models", [])
+    return [str(model) for model in models]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a recipe file says: a mapping with `passes`, a list, and maybe `models`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PassError(f"recipe file {path} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PassError(f"recipe file {path} cannot be read: {str(error).splitlines()[0]}") from None
-    entries = content.get("passes") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
+    if not isinstance(content, dict) or not isinstance(content.get("passes"), list):
         raise PassError(f"recipe file {path} has no list named `passes`")
+    if not isinstance(content.get("models", []), list):
+        raise PassError(f"recipe file {path}: `models` must be a list of names")
+    return content
+
+
+def _from_yaml(path: Path) -> list[Pass]:
+    """The passes of a recipe file, each a name or {name: {option: value}}."""
     found = []
-    for entry in entries:
+    for entry in _content(path)["passes"]:
         if isinstance(entry, str):
             found.append(make_pass(entry, {}))
         elif isinstance(entry, dict) and len(entry) == 1:
