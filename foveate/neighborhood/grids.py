@@ -66,6 +66,10 @@ class Call:
         """Height and width as the forms see them: where only the order counts, an image is one column of tokens."""
         return (grid.tokens, 1) if self.metric == "raster" else (grid.height, grid.width)
 
+    def filled(self, grids: Grids | None) -> bool:
+        """Is every token of an image? Tokens behind the last image of their batch row are padding."""
+        return grids is None or sum(grid.tokens for grid in grids) == self.batch * self.tokens
+
     def covers(self, grid: Grid) -> bool:
         """Is every token of the image near enough to every other?"""
         height, width = self.laid(grid)

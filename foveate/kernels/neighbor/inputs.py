@@ -32,4 +32,5 @@ def near(down: Tensor, right: Tensor, call: Call) -> Tensor:
 
 def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as what is added to scores: finite, so that a query that sees nothing has no NaN."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min / 2)
+    low = torch.tensor(torch.finfo(dtype).min / 2, dtype=dtype, device=seen.device)
+    return torch.where(seen, torch.zeros_like(low), low)

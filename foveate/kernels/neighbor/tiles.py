@@ -22,14 +22,15 @@ class Tables:
     """Where the tokens of each tile are, and what they see.
 
     queries [tiles, q] and keys [tiles, k] point at the tokens of the whole batch, text keys behind all visual ones;
-    results [tiles, q] are the rows where the results go, one behind the last for those that mean nothing;
-    mask [tiles, 1, group * q, k] is added to scores.
+    results [tiles, q] are the rows where the results go, one behind the last for those that mean nothing.
+    masks [kinds, 1, group * q, k] are added to scores; a tile is of the kind in kinds [tiles], and there are few.
     """
 
     queries: Tensor
     keys: Tensor
     results: Tensor
-    mask: Tensor
+    kinds: Tensor
+    masks: Tensor
 
 
 def attend(x: Inputs, call: Call, grids: Grids | None, tiles: Tiles) -> Tensor:
@@ -37,16 +38,14 @@ def attend(x: Inputs, call: Call, grids: Grids | None, tiles: Tiles) -> Tensor:
     assert grids is not None  # the plan chooses tiles for grids only
     tables = _tables(call, grids, tiles, x.q.device)
     queries, keys, values = _rows(x.q), _rows(*x.k), _rows(*x.v)
-    # Not every token is in a tile: those behind the last image of their batch row are padding.
-    covered = sum(grid.tokens for grid in grids) == len(queries)
-    out = (queries.new_empty if covered else queries.new_zeros)(len(queries) + 1, queries.shape[1])
+    out = (queries.new_empty if call.filled(grids) else queries.new_zeros)(len(queries) + 1, queries.shape[1])
     for start in range(0, tiles.count, tiles.step):
         part = slice(start, start + tiles.step)
         some = scaled_dot_product_attention(
             _gathered(queries, tables.queries[part], call),
             _gathered(keys, tables.keys[part], call),
             _gathered(values, tables.keys[part], call),
-            attn_mask=tables.mask[part],
+            attn_mask=tables.masks.index_select(0, tables.kinds[part]),
             scale=x.scale,
         )
         # [tiles, Hk, group * q, e] -> [tiles * q, Hk * group * e]
@@ -70,31 +69,33 @@ def _gathered(rows: Tensor, index: Tensor, call: Call) -> Tensor:
 @lru_cache(maxsize=32)
 def _tables(call: Call, grids: Grids, tiles: Tiles, device: torch.device) -> Tables:
     """The tables of a set of grids; layers with the same options share them."""
-    parts = [_image(call, grid, tiles) for grid in grids]
-    queries, keys, seen = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
+    queries, keys = (torch.cat(part) for part in zip(*(_image(call, grid, tiles) for grid in grids), strict=True))
+    # Who is near whom is the same in every tile; tiles differ by what lies outside their image.
+    down, right = (
+        (torch.arange(side)[:, None] - torch.arange(far) + before)
+        for side, far, before in ((tiles.rows, tiles.span, tiles.above), (tiles.columns, tiles.reach, tiles.aside))
+    )
+    seen = near(down[:, None, :, None], right[None, :, None, :], call).flatten(2).flatten(0, 1)
+    seen = torch.cat([seen, seen.new_ones(tiles.queries, tiles.text)], 1)
+    inside, kinds = (keys >= 0).unique(dim=0, return_inverse=True)
+    masks = added(seen & inside[:, None], call.dtype).repeat(1, call.heads // call.kv_heads, 1)[:, None]
     results = queries.masked_fill(queries < 0, call.batch * call.tokens)
-    mask = added(seen, call.dtype).repeat(1, call.heads // call.kv_heads, 1)[:, None]
-    return Tables(queries.clamp(min=0), keys.clamp(min=0), results, mask)
+    parts = queries.clamp(min=0), keys.clamp(min=0), results, kinds, masks
+    return Tables(*(part.to(device) for part in parts))
 
 
-def _image(call: Call, grid: Grid, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-    """The tiles of one image: queries [tiles, q] and keys [tiles, k], -1 where no token is, and which are seen."""
+def _image(call: Call, grid: Grid, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """The tokens of the tiles of one image: queries [tiles, q] and keys [tiles, k], -1 where there is none."""
     height, width = call.laid(grid)
     top, left = torch.arange(0, height, tiles.rows)[:, None], torch.arange(0, width, tiles.columns)[:, None]
-    row, column = top + torch.arange(tiles.rows), left + torch.arange(tiles.columns)
-    key_row, key_column = (top - tiles.above + torch.arange(tiles.span), left - tiles.aside + torch.arange(tiles.reach))
     first = grid.row * call.tokens + grid.start
-    queries = _crossed(row, column, height, width, first)
-    keys = _crossed(key_row, key_column, height, width, first)
-    # All tiles are alike but for what is outside: [rows, columns, rows of keys, columns of keys].
-    down = row[0, :, None, None, None] - key_row[0, :, None]
-    right = column[0, :, None, None] - key_column[0]
-    seen = near(down, right, call).flatten(2).flatten(0, 1) & (keys >= 0)[:, None]
+    queries = _crossed(top + torch.arange(tiles.rows), left + torch.arange(tiles.columns), height, width, first)
+    key_rows, key_columns = torch.arange(tiles.span) - tiles.above, torch.arange(tiles.reach) - tiles.aside
+    keys = _crossed(top + key_rows, left + key_columns, height, width, first)
     place = torch.arange(tiles.text)
     text = call.batch * call.tokens + grid.row * call.text + grid.text_start + place
-    text = torch.where(place < grid.text, text, -1).expand(len(keys), -1)
-    seen_text = (text >= 0)[:, None].expand(-1, seen.shape[1], -1)
-    return queries, torch.cat([keys, text], 1), torch.cat([seen, seen_text], 2)
+    text = text.masked_fill(place >= grid.text, -1).expand(len(keys), -1)
+    return queries, torch.cat([keys, text], 1)
 
 
 def _crossed(rows: Tensor, columns: Tensor, height: int, width: int, first: int) -> Tensor:

@@ -164,20 +164,28 @@ def test_the_reference_without_a_window_is_causal_attention() -> None:
     torch.testing.assert_close(x.expected(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_of_one_chunk_or_block_does_not_grow_with_the_image() -> None:
-    sizes: dict[int, list[int]] = {}
-    for side in (24, 48):
-        x = case([[(0, side, side)]], 2, heads=(2, 2), size=8)
-        call, grids = x.described()
+@pytest.mark.parametrize("promised", [True, False])
+def test_no_mask_covers_more_than_a_block_of_queries(promised: bool) -> None:
+    x = case([[(3, 40, 30)]], 2)
+    x = x if promised else x.keeping(torch.arange(1000))
+    call, grids = x.described()
+    spy = mock.Mock(wraps=torch.nn.functional.scaled_dot_product_attention)
+    with mock.patch.object(blocks, "scaled_dot_product_attention", spy):
+        x.check(blocks.attend(x.inputs(), call, grids, layouts.blocks(call, grids)))
+    masks = [options["attn_mask"].shape[-2:] for _, options in spy.call_args_list]
+    assert len(masks) >= 16
+    assert max(rows for rows, _ in masks) <= 64
+    assert max(keys for _, keys in masks) == (3 + 4 * 30 if promised else 1003)
+
+
+def test_the_tables_of_tiles_grow_with_the_tokens_only() -> None:
+    sizes = []
+    for side in (16, 32, 64):
+        call, grids = case([[(0, side, side)]], 2).described()
         assert grids is not None
-        spy = mock.Mock(wraps=torch.nn.functional.scaled_dot_product_attention)
-        with mock.patch.object(blocks, "scaled_dot_product_attention", spy):
-            blocks.attend(x.inputs(), call, grids, layouts.blocks(call, grids))
-        masks = [kwargs["attn_mask"] for _, kwargs in spy.call_args_list]
-        sizes[side] = [mask.shape[2] for mask in masks]
-        assert max(mask.shape[3] for mask in masks) <= 64 + 4 * side
-        assert layouts.tiles(call, grids, 2, 8).keys == 48
-    assert max(sizes[24]) == max(sizes[48]) == 64
+        made = tiles._tables(call, grids, layouts.tiles(call, grids, 2, 8), torch.device("cpu"))
+        sizes.append(sum(x.numel() for x in vars(made).values()) / side**2)
+    assert sizes == sorted(sizes, reverse=True), "elements a token"
 
 
 def test_layers_share_tables() -> None:
