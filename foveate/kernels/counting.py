@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.kernels.neighbor.dispatch import described, planned
+from foveate.kernels.neighbor.dispatch import planned
 from foveate.ops import attention_pairs
 
 
@@ -42,7 +42,7 @@ def _neighbor_attention(
     **also: Any,
 ) -> int:
     # The form decides how many pairs are computed, and the grids' values decide the form.
-    return 4 * q.shape[1] * q.shape[3] * planned(*described(q, k, grids, radius, metric, causal)).pairs
+    return 4 * q.shape[1] * q.shape[3] * planned(q, k, grids, radius, metric, causal).pairs
 
 
 def _encoder_attention(q: Tensor, k: Tensor, *rest: Any, **also: Any) -> int:

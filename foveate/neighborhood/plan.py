@@ -67,8 +67,11 @@ CAUSAL = 0.75
 
 
 @lru_cache(maxsize=4096)
-def plan(call: Call, grids: Grids | None, triton: bool = False) -> Plan:
-    """The form for a call whose images are `grids`, None where nothing is promised. `triton`: is that form there?"""
+def plan(call: Call, grids: Grids | None, no_triton: str = "") -> Plan:
+    """The form for a call whose images are `grids`, None where nothing is promised.
+
+    no_triton: why that form cannot run here; empty if it can.
+    """
     dense = blocks(call, grids)
     options: dict[str, Tiles | tuple[Block, ...]] = {"blocks": dense}
     rejected: dict[str, str] = {}
@@ -78,10 +81,10 @@ def plan(call: Call, grids: Grids | None, triton: bool = False) -> Plan:
         options["tiles"] = min(
             (tiles(call, grids, *x) for x in _shapes(call, grids)), key=lambda x: tiles_time(call, x)
         )
-        if call.device == "cuda" and triton:
-            options["triton"] = tiles(call, grids, *PATCH)
+        if no_triton or call.device != "cuda":
+            rejected["triton"] = no_triton or f"does not run on {call.device}"
         else:
-            rejected["triton"] = "is not installed" if call.device == "cuda" else f"does not run on {call.device}"
+            options["triton"] = tiles(call, grids, *PATCH)
     if call.device == "cpu":
         times = {"blocks": blocks_time(call, dense)}
         if isinstance(cut := options.get("tiles"), Tiles):

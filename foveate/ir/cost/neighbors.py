@@ -31,7 +31,8 @@ def neighbor_flops(node: fx.Node, sizes: Sizes, kind: str) -> int:
     )
     if not batch * heads * tokens:
         return 0
-    return 4 * heads * size * plan(call, image_grids(sizes, batch, tokens, text), triton=kind == "cuda").pairs
+    no_triton = "takes distances on the grid only" if about.metric == "raster" else ""
+    return 4 * heads * size * plan(call, image_grids(sizes, batch, tokens, text), no_triton).pairs
 
 
 def image_grids(sizes: Sizes, batch: int, tokens: int, text: int) -> Grids | None:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foveate.errors import InputError
 from foveate.kernels.neighbor import blocks, tiles
 from foveate.kernels.neighbor.inputs import Inputs
+from foveate.kernels.neighbor.triton_launch import forward
+from foveate.kernels.neighbor.triton_support import available, supports
 from foveate.neighborhood import METRICS, Call, Grids, Plan, plan, read_grids
+
+
+def triton(inputs: Inputs, call: Call, images: Grids | None, layout: Any) -> Tensor:
+    """By the Triton kernel, which cuts the images itself."""
+    text_k, text_v = (x[1] if call.text else None for x in (inputs.k, inputs.v))
+    grids = torch.tensor([astuple(image) for image in images or ()], dtype=torch.int64).view(-1, 6)
+    streams = (inputs.q, inputs.k[0], inputs.v[0], text_k, text_v)
+    return forward(*streams, grids, call.radius, call.metric, call.causal, inputs.scale)[0]
+
 
 FORMS: dict[str, Callable[[Inputs, Call, Grids | None, Any], Tensor]] = {
     "blocks": blocks.attend,
     "tiles": tiles.attend,
+    "triton": triton,
 }
 """Form -> what computes it from the tensors, the call, its images, and the layout that the plan chose for it."""
 
@@ -37,19 +50,23 @@ def neighbor_attention(
     call, images = described(q, k, grids, radius, metric, causal)
     if not q.numel():
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    chosen = planned(call, images)
+    chosen = plan(call, images, no_triton(q, k, grids, metric))
     inputs = Inputs(q, _two(k, 2), _two(v, 2), q_order, _two(k_order, 1), coords, scale)
     return FORMS[chosen.form](inputs, call, images, chosen.layout)
 
 
-def explain(q: Tensor, k: list[Tensor], grids: Tensor, radius: int, metric: str, causal: bool) -> str:
-    """Which form computes such a call, how, and why the others do not; a line a form."""
-    return planned(*described(q, k, grids, radius, metric, causal)).explain()
+def planned(q: Tensor, k: list[Tensor], grids: Tensor, radius: int, metric: str, causal: bool) -> Plan:
+    """The form for such a call here and its layout; `.explain()` says why the other forms do not compute it."""
+    return plan(*described(q, k, grids, radius, metric, causal), no_triton(q, k, grids, metric))
 
 
-def planned(call: Call, images: Grids | None) -> Plan:
-    """The plan for what can run here."""
-    return plan(call, images, triton="triton" in FORMS)
+def no_triton(q: Tensor, k: list[Tensor], grids: Tensor, metric: str) -> str:
+    """Why Triton cannot compute such a call; empty if it can."""
+    if q.device.type != "cuda":
+        return f"does not run on {q.device.type}"
+    if not available(q.device):
+        return "Triton is not installed, or the GPU's compute capability is below 8.0"
+    return supports(q, k[0], k[1] if len(k) > 1 else None, grids, metric) or ""
 
 
 def described(

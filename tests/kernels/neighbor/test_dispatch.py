@@ -90,26 +90,26 @@ def test_a_window_over_the_whole_image_is_one_causal_call() -> None:
 
 def test_on_a_gpu_few_tokens_stay_dense_and_many_go_to_triton() -> None:
     small, large = cpu(576, 2, device="cuda"), cpu(4096, 2, device="cuda")
-    dense = plan(small, square(24), triton=True)
+    dense = plan(small, square(24))
     assert dense.form == "blocks"
     assert len(dense.layout) == 1
-    assert plan(large, square(64), triton=True).form == "triton"
-    without = plan(large, square(64))
+    assert plan(large, square(64)).form == "triton"
+    without = plan(large, square(64), "is not there")
     assert without.form == "tiles"
-    assert dict(without.rejected)["triton"] == "is not installed"
-    assert plan(large, None, triton=True).form == "blocks"
+    assert dict(without.rejected)["triton"] == "is not there"
+    assert plan(large, None).form == "blocks"
 
 
 def test_the_choice_is_explained() -> None:
     names = ("q", "k", "grids", "radius", "metric", "causal")
     x = case([[(3, 16, 16)]], 2)
-    text = dispatch.explain(*(x.arguments[name] for name in names))
+    text = dispatch.planned(*(x.arguments[name] for name in names)).explain()
     assert text.splitlines()[0].split(":")[0] in ("tiles", "blocks")
     assert "chosen" in text.splitlines()[0]
     assert "predicted" in text
     assert "triton: does not run on cpu" in text
     pruned = x.keeping(torch.arange(9))
-    text = dispatch.explain(*(pruned.arguments[name] for name in names))
+    text = dispatch.planned(*(pruned.arguments[name] for name in names)).explain()
     assert text.startswith("blocks: chosen, 1 blocks of queries")
     assert "tiles: no grid is promised" in text
 
