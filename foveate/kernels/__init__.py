@@ -1,14 +1,16 @@
 """What the `foveate::` ops compute. Importing this package registers the implementations with torch.
 
 Each op has a reference (`foveate.kernels.reference`), which is the oracle in plain, slow torch, and an
-implementation that memory and time can afford. Gradients do not flow through these ops yet: torch says so when
-`backward` reaches one.
+implementation that memory and time can afford. Gradients flow through all that return values of a floating type
+(`foveate.kernels.gradients`), and mixed precision reaches them (`foveate.kernels.autocast`).
 """
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from foveate.kernels import attention, counting, tokens
+from foveate.kernels.autocast import follow_autocast
+from foveate.kernels.gradients import differentiable
 from foveate.kernels.neighbor import dispatch
 from foveate.ops import LIBRARY
 
@@ -25,6 +27,12 @@ IMPLEMENTATIONS = {
 
 for _name, _implementation in IMPLEMENTATIONS.items():
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+for _name in ("attention", "encoder_attention", "varlen_attention", "attention_row", "take_tokens"):
+    differentiable(_name, IMPLEMENTATIONS[_name])
+
+for _name in ("attention", "encoder_attention", "varlen_attention", "attention_row"):
+    follow_autocast(_name)
 
 for _name, _rule in counting.FLOPS.items():
     # So that `torch.utils.flop_counter` counts an optimized model as `foveate.cost` does.

@@ -236,10 +236,3 @@ def test_on_meta_the_ops_give_shapes_only() -> None:
     result = ops.attention(*plain(arguments))
     assert result.is_meta
     assert result.shape == (2, 21, 4, SIZE)
-
-
-def test_a_gradient_that_reaches_an_op_is_announced() -> None:
-    arguments = call("vt:vt", in_sequence(4, 5, 2), (2, 2), 2)
-    arguments["q"] = [x.requires_grad_() for x in arguments["q"]]
-    with pytest.warns(UserWarning, match="foveate::attention: an autograd kernel was not registered"):
-        ops.attention(*plain(arguments)).sum().backward()
