@@ -44,6 +44,7 @@ def optimize(
     family_of(model)
     check_runs(model.config.model_type)
     program = apply_pipeline(trace(model) if traced is None else traced.copy(), passes)
+    program.forget_unused()
     return OptimizedModel(program, model.config, model.generation_config, backend)
 
 

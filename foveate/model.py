@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from foveate.backends.base import lower
+from foveate.backends.base import lower, lower_graph
 from foveate.cache import VisualTextCache
 from foveate.errors import InputError
 from foveate.ir.program import Program
+from foveate.ir.train import derive_train
+from foveate.labels import NO_LABEL, asked_of, next_labels
 from foveate.streams import Stream, Streams, arrange
 
 
@@ -24,12 +27,16 @@ from foveate.streams import Stream, Streams, arrange
 class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
     """What an optimized model returns.
 
-    logits: [B, 1, V] of the token after the last. past_key_values: the cache. kept: for each layer before which
+    loss: of the labels that were given. logits: [B, 1, V] of the token after the last; with labels [B, k, V], one for
+    each label of a row. labels: int64 [B, k], what those logits should predict, -100 where a row has fewer than k.
+    past_key_values: the cache. kept: for each layer before which
     visual tokens were selected, the places in the prompt of those that stay, int64 [B, k], padded with the
     largest int64.
     """
 
+    loss: Tensor | None = None
     logits: Tensor | None = None
+    labels: Tensor | None = None
     past_key_values: Any = None
     kept: dict[int, Tensor] | None = None
 
@@ -37,7 +44,9 @@ class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
 class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers is untyped
     """Runs a program as a transformers model: `opt(**inputs)`, `opt.generate(**inputs)`.
 
-    Made by `foveate.optimize` and `foveate.load`.
+    Made by `foveate.optimize` and `foveate.load`. It trains as any torch module does: `opt(**inputs, labels=labels)`
+    gives a loss, gradients flow through every pass, and `parameters()` are those that its graphs read. They are the
+    original model's own, so training changes that too, except what a pass had to reorder, which is a copy.
     """
 
     main_input_name = "input_ids"
@@ -78,15 +87,22 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         position_ids: Tensor | None = None,
         past_key_values: VisualTextCache | None = None,
         use_cache: bool = True,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **options: Any,
     ) -> NextToken:
         """Next-token logits of a batch of prompts, or of their continuation when a filled cache is given.
 
-        Takes what the model's processor returns. Raises InputError where the inputs do not fit together.
+        Takes what the model's processor returns. With labels, int64 [B, S] as transformers takes them, the loss: the
+        mean over labels, or their sum over `num_items_in_batch`. Selections such as FastV's then heed the last token
+        before each row's first label, as they would for that prompt alone. Raises InputError where the inputs do not
+        fit together.
         """
         _refuse(options)
         if input_ids is None:
             raise InputError("input_ids is missing: give what the model's processor returns")
+        if labels is not None:
+            return self._run_train(input_ids, pixel_values, attention_mask, position_ids, labels, num_items_in_batch)
         if past_key_values is not None and past_key_values.get_seq_length():
             if not isinstance(past_key_values, VisualTextCache):
                 raise InputError(f"past_key_values is a {type(past_key_values).__name__}; give one this model returned")
@@ -112,6 +128,32 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             orders = {"visual_order": streams.visual.order, **{f"kept_{n}": order for n, order in kept.items()}}
             cache.fill(out["kv"], orders, streams.text.order, streams.prefix, input_ids.shape[1], streams.next_position)
         return NextToken(logits=out["logits"], past_key_values=cache if use_cache else None, kept=kept or None)
+
+    def _run_train(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> NextToken:
+        if "train" not in self._run:
+            self._run["train"] = lower_graph(self.program, self.backend, "train", derive_train(self.program))
+        following = next_labels(input_ids, attention_mask, labels)
+        asked_for = following != NO_LABEL
+        features = self._features(pixel_values)
+        images = 0 if features is None else len(features)
+        streams = arrange(self.program.info, input_ids, attention_mask, position_ids, images, asked_for)
+        asked = asked_of(streams, following)
+        inputs = {**self._inputs(input_ids, streams, features), "asked": asked.columns, "asking": asked.asking}
+        out = self._run["train"](inputs)
+        logits = out["logits"]
+        loss = ForCausalLMLoss(
+            logits, None, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=asked.labels
+        )
+        kept = {int(layer): order for layer, order in out["kept"].items()}
+        return NextToken(loss=loss, logits=logits, labels=asked.labels, kept=kept or None)
 
     def _run_decode(self, input_ids: Tensor, cache: VisualTextCache) -> NextToken:
         batch, tokens = input_ids.shape
@@ -242,5 +284,5 @@ def _refuse(options: dict[str, Any]) -> None:
     if unknown:
         raise InputError(
             f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, pixel_values, "
-            "attention_mask, position_ids, past_key_values and use_cache"
+            "attention_mask, position_ids, past_key_values, use_cache and labels"
         )

@@ -54,10 +54,12 @@ def arrange(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     images: int,
+    asked: Tensor | None = None,
 ) -> Streams:
     """Take a batch of prompts [B, S] apart.
 
-    A prompt that ends in an image keeps its last visual token with the text, because its row gives the logits.
+    A prompt that ends in an image keeps its last visual token with the text, because its row gives the logits; so does
+    every visual token that is `asked` for its next token (bool [B, S], when training).
     Raises InputError where masks, shapes or the number of images do not fit the prompt.
     """
     _check(info, input_ids, attention_mask, position_ids, images)
@@ -69,6 +71,8 @@ def arrange(
         row = int((last < 0).nonzero()[0, 0])
         raise InputError(f"row {row} of attention_mask is all zero: that prompt has no token to continue from")
     visual = image & real & (places != last)
+    if asked is not None:
+        visual = visual & ~asked
     text = real & ~visual
     if position_ids is None:
         position_ids = (real.cumsum(1) - 1).clamp(min=0)

@@ -22,7 +22,8 @@ ALLOWED = {
     "backends": BASE | {"ir", "kernels"},
     "cache": BASE,
     "streams": BASE | {"ir"},
-    "model": BASE | {"ir", "backends", "cache", "streams", "artifact", "report"},
+    "labels": BASE | {"streams"},
+    "model": BASE | {"ir", "backends", "cache", "streams", "labels", "artifact", "report"},
 }
 EVERYTHING = {"api", "artifact", "cli", "report", "bench", "evaluate", "machine", "__init__"}
 

@@ -23,6 +23,10 @@ BACKENDS: dict[str, str] = {
 """Backend name -> module with a `lower` function."""
 
 
+SPLIT = ("prefill", "train")
+"""Graphs in split form, whose streams are joined again where they do the same."""
+
+
 class Lower(Protocol):
     """What a backend module offers."""
 
@@ -31,19 +35,17 @@ class Lower(Protocol):
 
 
 def lower(program: Program, backend: str) -> dict[str, Runner]:
-    """Every graph of a program, runnable, after the rewrites that no backend can do without.
+    """Every graph of a program, runnable; BackendError for a name that is not in `BACKENDS`."""
+    return {name: lower_graph(program, backend, name, graph) for name, graph in program.graphs.items()}
 
-    Raises BackendError for a name that is not in `BACKENDS`.
-    """
+
+def lower_graph(program: Program, backend: str, name: str, graph: fx.Graph) -> Runner:
+    """One graph, runnable, after the rewrites that no backend can do without; BackendError as for `lower`."""
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is not known; there are: {', '.join(BACKENDS)}")
     module = import_module(BACKENDS[backend])
     function: Lower = module.lower
-    runners = {}
-    for name, graph in program.graphs.items():
-        ready = join(program, graph) if name == "prefill" else graph
-        runners[name] = function(program, ready, name)
-    return runners
+    return function(program, join(program, graph) if name in SPLIT else graph, name)
 
 
 def input_names(graph: fx.Graph) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Every node carries a `NodeInfo` in `node.meta["foveate"]` and a fake value with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -86,6 +86,14 @@ class Weights(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.names: dict[str, None] = {}
+
+    @classmethod
+    def of(cls, named: Iterable[tuple[str, Tensor]]) -> Weights:
+        """These weights, in this order."""
+        weights = cls()
+        for name, value in named:
+            weights.put(name, value)
+        return weights
 
     def put(self, name: str, value: Tensor) -> None:
         """Store a parameter or buffer under its dotted name, replacing what was there."""
@@ -176,11 +184,14 @@ class Program:
         read = {str(n.target) for graph in self.graphs.values() for n in graph.nodes if n.op == "get_attr"}
         return {*read, self.info.paths["embed"]}
 
+    def forget_unused(self) -> None:
+        """Let go of weights that no graph reads, such as those of a vision tower's last layer."""
+        used = self.used_weights()
+        self.weights = Weights.of((name, value) for name, value in self.weights.items() if name in used)
+
     def copy(self) -> Program:
         """A program that passes can edit while this one stays as it is; the weights themselves are shared."""
-        weights = Weights()
-        for name, value in self.weights.items():
-            weights.put(name, value)
+        weights = Weights.of(self.weights.items())
         graphs = {name: copy_graph(graph) for name, graph in self.graphs.items()}
         return Program(self.info, weights, self.symbols, graphs, list(self.passes))
 
@@ -195,7 +206,7 @@ class Program:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A graph of its own, with the same nodes and what is known of them."""
+    """A graph of its own with the same nodes, names and meta data."""
     new = fx.Graph()
     memory: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -5,6 +5,9 @@ implementation that memory and time can afford. Gradients flow through all that 
 (`foveate.kernels.gradients`), and mixed precision reaches them (`foveate.kernels.autocast`).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -14,7 +17,7 @@ from foveate.kernels.gradients import differentiable
 from foveate.kernels.neighbor import dispatch
 from foveate.ops import LIBRARY
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
     "neighbor_attention": dispatch.neighbor_attention,
     "encoder_attention": attention.encoder_attention,

@@ -110,6 +110,23 @@ def masked_forward(
     `inputs` are what the processor gives. Without `position_ids` a token's position is the number of
     attended tokens before it, as in `generate`. The model is left as it was, also after an error.
     """
+    logits, run = _run(model, inputs, masks)
+    rows = torch.arange(len(logits), device=logits.device)
+    return MaskedOutput(logits[rows, _last(run.tokens.attended)].float(), tuple(run.kept))
+
+
+def masked_loss(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: Tensor, masks: Masks) -> Tensor:
+    """The mean cross-entropy of labels [B, S] (-100: none) under `masks`, each predicted by the token before it.
+
+    Gradients flow. Prunes must be given: what "the last text token" is depends on where the prompt ends.
+    """
+    if any(prune.choose != "given" for prune in masks.prunes):
+        raise ValueError('prunes must be "given"')
+    logits, _ = _run(model, inputs, masks)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor], masks: Masks) -> tuple[Tensor, _Run]:
     tokens = _Tokens.of(model, inputs)
     _check(model, masks, tokens)
     run = _Run(masks, tokens)
@@ -120,8 +137,7 @@ def masked_forward(
         logits = model(**arguments, use_cache=False).logits
     if run.layers_seen != len(_layers(model)):
         raise RuntimeError(f"the model used the oracle's attention {run.layers_seen} times, not once a layer")
-    rows = torch.arange(len(logits), device=logits.device)
-    return MaskedOutput(logits[rows, _last(tokens.attended)].float(), tuple(run.kept))
+    return logits, run
 
 
 def masked_greedy(
