@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from foveate import __version__
+from foveate.backends.adapters import adapter_layers
 from foveate.errors import ArtifactError, FoveateError
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import PassRecord, Program, Symbols, Weights
 from foveate.ir.rules import verify
 from foveate.ir.text import parse_graphs
-from foveate.model import OptimizedModel
+from foveate.model import OWN, OptimizedModel
 from foveate.models.registry import FAMILIES, check_runs
 
 FORMAT = 1
@@ -43,16 +44,14 @@ def save(model: OptimizedModel, folder: Path) -> None:
     """Write `model` to `folder`, which must not exist yet; ArtifactError if it does or cannot be written."""
     if folder.exists():
         raise ArtifactError(f"{folder} exists already; give a new folder, or remove it first")
-    program = model.program
-    if program.weights.device().type == "meta":
-        raise ArtifactError("a model on the meta device has no weights to save")
+    _check(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}") from None
     try:
-        _write(model, program, work)
+        _write(model, work)
         work.chmod(0o755)
         work.rename(folder)
     except OSError as error:
@@ -61,9 +60,44 @@ def save(model: OptimizedModel, folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(model: OptimizedModel, program: Program, work: Path) -> None:
+def save_into(model: OptimizedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write `model` into a folder that may exist and hold other things, over an earlier save.
+
+    state: the weights as `model.state_dict()` names them, where they are gathered from several processes. The manifest
+    goes first and comes last, so that what lies there when the work is interrupted is not taken for a saved model.
+    """
+    _check(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".foveate-", dir=folder))
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}") from None
+    try:
+        _write(model, work, state)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for name in (*FILES, MANIFEST):
+            (work / name).replace(folder / name)
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check(model: OptimizedModel) -> None:
+    if model.program.weights.device().type == "meta":
+        raise ArtifactError("a model on the meta device has no weights to save")
+    if adapter_layers(model.program):
+        raise ArtifactError(
+            "the model has adapters that are not merged: save them through peft (peft_model.save_pretrained), or merge "
+            "them first (peft_model.merge_and_unload())"
+        )
+
+
+def _write(model: OptimizedModel, work: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    program = model.program
     used = program.used_weights()
-    tensors = {name: value.detach().contiguous() for name, value in program.weights.items() if name in used}
+    state = model.state_dict() if state is None else state
+    tensors = {name: state[OWN + name].detach().contiguous() for name in program.weights.names if name in used}
     save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
     (work / "model.safetensors").chmod(0o644)  # safetensors writes 0600; the other files are readable too
     text = "\n".join(program.to_text(name) for name in ("vision", "prefill"))

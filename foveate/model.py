@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from foveate.backends.base import lower, lower_graph
+from foveate.backends.base import Runner, lower, lower_graph
 from foveate.cache import VisualTextCache
 from foveate.errors import InputError
 from foveate.ir.program import Program
 from foveate.ir.train import derive_train
+from foveate.ir.weights import linear_weights
 from foveate.labels import NO_LABEL, asked_of, next_labels
 from foveate.streams import Stream, Streams, arrange
+
+OWN = "weights."
+"""What precedes a weight's Hugging Face name in `OptimizedModel.state_dict()`."""
 
 
 @dataclass
@@ -58,8 +63,14 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         self.weights = program.weights
         self.program = program
         self.backend = backend
-        self._run = lower(program, backend)
+        program.weights.as_linears(linear_weights(program))
+        self._lower()
         self.eval()
+
+    def _lower(self) -> None:
+        self._run = lower(self.program, self.backend)
+        self._train: dict[str, Runner] = {}
+        self._holders = self.weights.holders()
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
         """Moving to another device lowers the graphs again; another dtype is refused before anything changes."""
@@ -70,7 +81,7 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
                 "optimize that"
             )
         super()._apply(fn, recurse)
-        self._run = lower(self.program, self.backend)
+        self._lower()
         return self
 
     def report(self) -> Any:
@@ -101,6 +112,8 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         _refuse(options)
         if input_ids is None:
             raise InputError("input_ids is missing: give what the model's processor returns")
+        if any(holder.replaced for holder in self._holders):
+            self._lower()  # adapters came or went
         if labels is not None:
             return self._run_train(input_ids, pixel_values, attention_mask, position_ids, labels, num_items_in_batch)
         if past_key_values is not None and past_key_values.get_seq_length():
@@ -119,7 +132,7 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         use_cache: bool,
     ) -> NextToken:
         info = self.program.info
-        features = self._features(pixel_values)
+        features = self._features(pixel_values, self._run)
         streams = arrange(info, input_ids, attention_mask, position_ids, 0 if features is None else len(features))
         out = self._run["prefill"](self._inputs(input_ids, streams, features))
         kept = {int(layer): order for layer, order in out["kept"].items()}
@@ -138,16 +151,18 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         labels: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> NextToken:
-        if "train" not in self._run:
-            self._run["train"] = lower_graph(self.program, self.backend, "train", derive_train(self.program))
+        if not self._train:
+            # Eager whatever the backend: compiled backward graphs do not hold for every size of prompt yet.
+            graphs = {"vision": self.program.graphs["vision"], "train": derive_train(self.program)}
+            self._train = {name: lower_graph(self.program, "eager", name, graph) for name, graph in graphs.items()}
         following = next_labels(input_ids, attention_mask, labels)
         asked_for = following != NO_LABEL
-        features = self._features(pixel_values)
+        features = self._features(pixel_values, self._train)
         images = 0 if features is None else len(features)
         streams = arrange(self.program.info, input_ids, attention_mask, position_ids, images, asked_for)
         asked = asked_of(streams, following)
         inputs = {**self._inputs(input_ids, streams, features), "asked": asked.columns, "asking": asked.asking}
-        out = self._run["train"](inputs)
+        out = self._train["train"](inputs)
         logits = out["logits"]
         loss = ForCausalLMLoss(
             logits, None, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=asked.labels
@@ -171,7 +186,7 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         cache.extend(out["kv"], order)
         return NextToken(logits=out["logits"], past_key_values=cache)
 
-    def _features(self, pixel_values: Tensor | None) -> Tensor | None:
+    def _features(self, pixel_values: Tensor | None, run: Mapping[str, Runner]) -> Tensor | None:
         """Visual embeddings [I, tokens per image, D] of all images of the batch."""
         if pixel_values is None:
             return None
@@ -181,7 +196,7 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
                 f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes [images, "
                 f"{', '.join(map(str, expected))}]"
             )
-        features = self._run["vision"]({"pixel_values": pixel_values.to(self.dtype)})["out"]
+        features = run["vision"]({"pixel_values": pixel_values.to(self.dtype)})["out"]
         assert isinstance(features, Tensor)  # the vision graph returns one tensor
         return features
 
@@ -212,6 +227,19 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
                 f"input_ids holds {int(safe.max())}; the vocabulary has {len(table)} tokens, numbered from 0"
             )
         return embedding(safe, table)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The module that holds the token embedding's weight; adapters ask for it."""
+        return self._owner("embed")
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The module that holds the head's weight."""
+        return self._owner("head")
+
+    def _owner(self, short: str) -> nn.Module:
+        paths = self.program.info.paths
+        name = paths[short] if paths[short] in self.weights.names else paths["embed"]  # a head may be tied
+        return self.weights.get_submodule(name.rpartition(".")[0])
 
     # What `generate` asks of a model.
 
@@ -262,13 +290,31 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             kwargs["pixel_values"] = pixels
         return ids, kwargs
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the program, its weights and configuration to a new folder; see `foveate.artifact`."""
-        from foveate.artifact import save
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the program, its weights and configuration to a new folder; see `foveate.artifact`.
+
+        state_dict, is_main_process: given by `transformers.Trainer`, which makes the folder itself; then the files are
+        put into it, by the main process alone.
+        """
+        from foveate.artifact import save, save_into
 
         if options:
             raise InputError(f"save_pretrained does not take {', '.join(options)}")
-        save(self, Path(save_directory))
+        if is_main_process is None and state_dict is None:
+            save(self, Path(save_directory))
+        elif is_main_process is not False:
+            save_into(self, Path(save_directory), state_dict)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As for any module; the names may also be those of a saved folder, which are Hugging Face's."""
+        named = {name if name.startswith(OWN) else OWN + name: value for name, value in state_dict.items()}
+        return super().load_state_dict(named, strict, assign)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> OptimizedModel:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import fx
 
 import foveate.kernels  # noqa: F401  registers what the foveate ops compute
+from foveate.backends.adapters import with_adapters
 from foveate.backends.base import Inputs, Runner, input_names
 from foveate.ir.program import Program
 
 
 def graph_module(program: Program, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A module that shares the program's weights; what it returns is what the graph returns."""
-    return fx.GraphModule(program.weights, graph, class_name=f"Foveate{name.capitalize()}")
+    """A module that shares the program's weights and their adapters; what it returns is what the graph returns."""
+    return fx.GraphModule(*with_adapters(program, graph), class_name=f"Foveate{name.capitalize()}")
 
 
 def lower(program: Program, graph: fx.Graph, name: str) -> Runner:

@@ -80,6 +80,21 @@ class ModelInfo:
         return self.grid[0] * self.grid[1]
 
 
+@dataclass(frozen=True)
+class Holder:
+    """A module that holds weights: its path, and where it hangs."""
+
+    path: str
+    parent: nn.Module
+    leaf: str
+    module: nn.Module
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another module stands in its place by now."""
+        return self.parent._modules.get(self.leaf) is not self.module
+
+
 class Weights(nn.Module):
     """All weights of a program under their Hugging Face names, each stored once; graphs refer to them by name."""
 
@@ -112,6 +127,22 @@ class Weights(nn.Module):
         else:
             owner.register_buffer(leaf, value)
         self.names[name] = None
+
+    def as_linears(self, names: Iterable[str]) -> None:
+        """Let the modules that hold these matrices be `nn.Linear`, which is what adapters look for and replace."""
+        for name in names:
+            path = name.rpartition(".")[0]
+            held = {each: self.get(each) for each in (name, f"{path}.bias") if each in self.names}
+            rows, columns = held[name].shape
+            self.set_submodule(path, nn.Linear(columns, rows, len(held) > 1, device="meta"))
+            for each, value in held.items():
+                self.put(each, value)
+
+    def holders(self) -> list[Holder]:
+        """The modules that hold weights; one is replaced when an adapter is put there."""
+        paths = dict.fromkeys(name.rpartition(".")[0] for name in self.names)
+        ends = [(path, *path.rpartition(".")[::2]) for path in paths]
+        return [Holder(path, self.get_submodule(parent), leaf, self.get_submodule(path)) for path, parent, leaf in ends]
 
     def get(self, name: str) -> Tensor:
         """The tensor of that name; KeyError if there is none."""

@@ -20,6 +20,27 @@ def weight_name(linear: fx.Node) -> str:
     return str(weight_part(linear)[0].target)
 
 
+def linear_weights(program: Program) -> list[str]:
+    """Names of the matrices that linears alone read, whole or in part; the token embedding is none of them."""
+    found: dict[str, None] = {}
+    for graph in program.graphs.values():
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target == aten.linear.default and (part := linear_part(node)):
+                found[part[0]] = None
+    return [name for name in found if name != program.info.paths["embed"]]
+
+
+def linear_part(linear: fx.Node) -> tuple[str, slice, slice] | None:
+    """The weight, its rows and its columns that a linear reads; None where it is no slice of a matrix."""
+    node = args_of(linear)[1]
+    while isinstance(node, fx.Node) and node.target == aten.slice.Tensor:
+        node = args_of(node)[0]
+    if not isinstance(node, fx.Node) or node.op != "get_attr" or len(shape(node)) != 2:
+        return None
+    _, part = _behind(linear)
+    return str(node.target), slice(*part[0]), slice(*part[1])
+
+
 def read_weight(program: Program, linear: fx.Node) -> Tensor:
     """The part of its weight that a linear reads, detached: a view."""
     node, part = weight_part(linear)

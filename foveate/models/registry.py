@@ -34,6 +34,11 @@ def family_of(model: Any) -> ModuleType:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; supported families: {known}")
     if kind not in FAMILIES:
         raise UnsupportedModelError(f"model family {kind!r} is not supported; supported: {known}")
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has adapters: merge them first (merge_and_unload()), or add them to the optimized "
+            "model (peft.get_peft_model(foveate.optimize(...), config))"
+        )
     if not type(model).__name__.endswith("ForConditionalGeneration"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language head; give the ...ForConditionalGeneration model"
