@@ -248,7 +248,7 @@ def test_a_checkpoint_that_is_interrupted_is_not_taken_for_a_saved_model(
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(ArtifactError, match="No space left"):
         opt.save_pretrained(tmp_path, is_main_process=True)
-    with pytest.raises(ArtifactError, match="it has no foveate.json"):
+    with pytest.raises(ArtifactError, match=r"it has no foveate\.json"):
         foveate.load(tmp_path)
     assert not any(path.is_dir() for path in tmp_path.iterdir())
     monkeypatch.undo()

@@ -32,8 +32,8 @@ def adapter_layers(program: Program) -> dict[str, nn.Module]:
         if not hasattr(module, "lora_A") or variants or type(getattr(module, "base_layer", None)) is not nn.Linear:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise BackendError(
-                f"{path} was replaced by a {kind}{' with a variant' if variants else ''}; an optimized model runs plain "
-                "LoRA layers (peft.LoraConfig without DoRA and the like) and no other adapters"
+                f"{path} was replaced by a {kind}{' with a variant' if variants else ''}; an optimized model runs "
+                "plain LoRA layers (peft.LoraConfig without DoRA and the like) and no other adapters"
             )
         found[path] = module
     return found

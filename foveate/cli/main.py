@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "diff": "What differs between two snapshots or models, with gates for CI.",
     "optimize": "Optimize a model and save it in a new folder.",
     "run": "Ask a question about an image.",
+    "train": "Fine-tune a pruned model, so that it recovers what it lost.",
     "bench": "Time a model against its dense form and against Hugging Face.",
     "eval": "Accuracy on the digits tasks before and after.",
     "demo": "The whole story on the bundled model, in three minutes.",
