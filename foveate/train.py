@@ -66,12 +66,11 @@ class Trained:
         first, last = (self.losses[i][1] if self.losses else None for i in (0, -1))
         return {
             "steps": self.steps,
-            "first_loss": first,
-            "last_loss": last,
-            "losses": [list(x) for x in self.losses],
-        } | {
             "parameters": self.parameters,
             "seconds": self.seconds,
+            "first_loss": first,
+            "last_loss": last,
+            "losses": [list(each) for each in self.losses],
         }
 
 

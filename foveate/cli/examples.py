@@ -89,13 +89,13 @@ def _image(path: Path, where: str, name: Any) -> Path:
 
 
 class DigitExamples(Sequence["Example"]):
-    """Fresh questions about fresh grids of training digits, drawn as they are asked for; the same seed, the same ones."""
+    """Fresh questions about fresh grids of training digits, drawn when they are wanted; a seed gives the same ones."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, number: int, seed: int) -> None:
+        self.number, self.seed = number, seed
 
     def __len__(self) -> int:
-        return self.count
+        return self.number
 
     @overload
     def __getitem__(self, place: int) -> Example: ...
@@ -107,9 +107,9 @@ class DigitExamples(Sequence["Example"]):
         from foveate.train import Example
 
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(self.count))]
-        if not 0 <= place < self.count:
+            return [self[i] for i in range(*place.indices(self.number))]
+        if not 0 <= place < self.number:
             raise IndexError(place)
         task = TASKS[place % len(TASKS)]
-        (drawn,) = samples(split="train", task=task, n=1, seed=self.seed * self.count + place)
+        (drawn,) = samples(split="train", task=task, n=1, seed=self.seed * self.number + place)
         return Example((drawn.image,), drawn.prompt, drawn.answer, f"digits question {place}")
