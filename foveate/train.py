@@ -204,7 +204,7 @@ def _arguments(settings: Settings, folder: Path) -> Any:
         seed=settings.seed,
         save_steps=settings.save_every,
         save_total_limit=1,
-        logging_steps=10,
+        logging_steps=0.05,
         logging_first_step=True,
         bf16=settings.half,
         remove_unused_columns=False,

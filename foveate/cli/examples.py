@@ -38,9 +38,7 @@ def _jsonl(name: str) -> Path:
     if path.is_dir():
         inside = sorted(path.glob("*.jsonl"))
         if len(inside) != 1:
-            raise UseError(
-                f"{name} holds {len(inside)} files that end in .jsonl; give one of them, or a folder with one"
-            )
+            raise UseError(f"{name} holds {len(inside)} .jsonl files; give one of them, or a folder with one")
         return inside[0]
     if not path.is_file():
         raise UseError(f"there is no file or folder {name}; --data is a .jsonl file, a folder with one, or {DIGITS}")
