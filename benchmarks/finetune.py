@@ -79,7 +79,7 @@ def write(
         "# A short fine-tune after pruning",
         "",
         f"`python benchmarks/finetune.py`: `digits`, {steps} steps of {batch} questions about training digits (one "
-        "third look-up, count, row each), AdamW, cosine schedule, decoder only, fp32, one CPU thread of a busy machine; "
+        "third look-up, count, row each), AdamW, cosine schedule, decoder only, fp32, one thread of a busy machine; "
         f"{' and '.join(f'{n} {task} questions' for task, n in asked.items())} on held-out digits, "
         f"± is half of a 95% interval. torch {versions['torch']}, transformers {versions['transformers']}.",
         "",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,8 @@ def command(
             examples = read_examples(data, processor)
             check_lengths(optimized, Collator(processor), examples)
         told = {"model": model, "data": data, "passes": [r.text for r in optimized.program.passes], **vars(settings)}
-        work = _checkpoints(folder, told, resume)
-        result = finetune(optimized, processor, examples, settings, work, resume=resume, tick=out.tick)
+        with _checkpoints(folder, told, resume) as work:
+            result = finetune(optimized, processor, examples, settings, work, resume=resume, tick=out.tick)
         optimized.save_pretrained(part)
         processor.save_pretrained(part)
         shutil.rmtree(work)
@@ -102,8 +104,12 @@ def _load(model: str, passes: str | None) -> tuple[Any, Any]:
     return foveate.optimize(loaded.model, chosen), processor
 
 
-def _checkpoints(folder: str, told: dict[str, Any], resume: bool) -> Path:
-    """Where checkpoints lie; UseError where those of another run are in the way, or there are none to resume."""
+@contextmanager
+def _checkpoints(folder: str, told: dict[str, Any], resume: bool) -> Iterator[Path]:
+    """Where checkpoints lie; after an error the folder stays only if there is something in it to resume from.
+
+    Raises UseError where those of another run are in the way, or there is no run to resume.
+    """
     from foveate.cli.errors import UseError
     from foveate.cli.folders import write_whole
 
@@ -112,7 +118,10 @@ def _checkpoints(folder: str, told: dict[str, Any], resume: bool) -> Path:
     if resume:
         if not run.is_file():
             raise UseError(f"there is no {run}: no run to {folder} was interrupted, so leave --resume out")
-        before = json.loads(run.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(run.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise UseError(f"{run} cannot be read: {error}") from None
         changed = [name for name in told if before.get(name) != told[name]]
         if changed:
             name = changed[0]
@@ -122,4 +131,9 @@ def _checkpoints(folder: str, told: dict[str, Any], resume: bool) -> Path:
     else:
         work.mkdir()
         write_whole(run, json.dumps(told).encode())
-    return work
+    try:
+        yield work
+    except BaseException:
+        if not any(work.glob("checkpoint-*")):
+            shutil.rmtree(work)
+        raise

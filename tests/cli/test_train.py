@@ -89,12 +89,16 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     step = Trainer.training_step
 
     def stop(self: Any, *args: Any, **also: Any) -> Any:
-        if self.state.global_step == 3:
+        if self.state.global_step == last:
             raise KeyboardInterrupt
         return step(self, *args, **also)
 
     monkeypatch.setattr(Trainer, "training_step", stop)
     out = ("-o", tmp_path / "out", "--data", data)
+    last = 1
+    assert run("train", saved, *out, *FEW).exit_code == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["whole"], "there is nothing to resume yet"
+    last = 3
     assert run("train", saved, *out, *FEW).exit_code == 130
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
