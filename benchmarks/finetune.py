@@ -47,7 +47,9 @@ def main() -> None:
         dense, processor = digits.load()
         questions = {task: digits.samples(task=task, n=n, seed=0) for task, n in asked.items()}
         reference = {task: evaluate(dense, processor, drawn).accuracy for task, drawn in questions.items()}
-        base = foveate.cost(foveate.trace(dense)).prefill.flops
+        # One image and the words of a look-up, as the processor counts them.
+        words = len(processor.tokenizer(questions["lookup"][0].prompt).input_ids) - 1
+        base = foveate.cost(foveate.trace(dense), text_tokens=words).prefill.flops
         for passes, how in RUNS:
             # A model of its own, because training changes the weights that an optimized model shares.
             model, _ = digits.load()
@@ -58,7 +60,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as work:
                 run = finetune(opt, processor, examples, settings, Path(work), tick=tell)
             after = {task: evaluate(opt, processor, drawn).accuracy for task, drawn in questions.items()}
-            share = foveate.cost(opt.program).prefill.flops / base
+            share = foveate.cost(opt.program, text_tokens=words).prefill.flops / base
             rows.append({"passes": passes, **how, "flops": share, "before": before, "after": after, **run.to_json()})
             write(options.output, steps, options.batch, asked, reference, rows)
 
