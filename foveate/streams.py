@@ -82,7 +82,7 @@ def arrange(
     feature = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids)
     next_position = position_ids.gather(1, last) + 1
     coords = _coords(info, feature.gather(1, left.index), left.order)
-    grids = _grids(info, visual, left.order, right.order)
+    grids = _grids(info, visual, left.order, right.order, coords)
     return Streams(left, right, image, feature, _prefix(visual, text), next_position, coords, grids)
 
 
@@ -145,7 +145,7 @@ def _coords(info: ModelInfo, feature: Tensor, order: Tensor) -> Tensor:
     return coords.masked_fill((order == PAD)[..., None], -1)
 
 
-def _grids(info: ModelInfo, visual: Tensor, order: Tensor, text_order: Tensor) -> Tensor:
+def _grids(info: ModelInfo, visual: Tensor, order: Tensor, text_order: Tensor, coords: Tensor) -> Tensor:
     """A row an image, as `foveate.ops.neighbor_attention` takes them; none if an image is not whole or not in one."""
     height, width = info.grid
     counts = visual.sum(1)
@@ -153,11 +153,12 @@ def _grids(info: ModelInfo, visual: Tensor, order: Tensor, text_order: Tensor) -
     if bool((counts % size).any()):
         return torch.empty(0, 6, dtype=torch.int64)
     rows = []
-    order, text_order = order.cpu(), text_order.cpu()
+    order, text_order, coords = order.cpu(), text_order.cpu(), coords.cpu()
     for row, images in enumerate((counts // size).tolist()):
         first_text = int((text_order[row] == PAD).sum())
         starts = order[row, : images * size].view(images, size)
-        if bool((starts[:, -1] - starts[:, 0] != size - 1).any()):
+        corners = coords[row, : images * size : size, 1:]
+        if bool((starts[:, -1] - starts[:, 0] != size - 1).any()) or bool(corners.any()):
             return torch.empty(0, 6, dtype=torch.int64)
         for image, start in enumerate(starts[:, 0].tolist()):
             seen = first_text + int((text_order[row] < start).sum())

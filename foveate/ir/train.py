@@ -51,7 +51,7 @@ def derive_train(program: Program) -> fx.Graph:
         chosen = column("asked", "asked") if info(node).by == "keep-last" else column("asking", 1)
         with edit.before(node):
             edit.replace(node, edit.call(ops.take_tokens, source, chosen, axis, about=info(node)))
-    for node in attentions(graph):
+    for node in attentions(graph, stream="text"):
         scattered = Attention.of(node)
         if any(_reads(order, columns["asked"]) for order in scattered.q_order):
             # The queries are no longer the last of the prompt in a row, which `prefix` would promise.

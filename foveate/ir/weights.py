@@ -37,7 +37,7 @@ def linear_part(linear: fx.Node) -> tuple[str, slice, slice] | None:
         node = args_of(node)[0]
     if not isinstance(node, fx.Node) or node.op != "get_attr" or len(shape(node)) != 2:
         return None
-    _, part = _behind(linear)
+    _, part = weight_part(linear)
     return str(node.target), slice(*part[0]), slice(*part[1])
 
 

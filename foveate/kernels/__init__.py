@@ -34,7 +34,9 @@ for _name, _implementation in IMPLEMENTATIONS.items():
 for _name in ("attention", "encoder_attention", "varlen_attention", "attention_row", "take_tokens"):
     differentiable(_name, IMPLEMENTATIONS[_name])
 
-for _name in ("attention", "encoder_attention", "varlen_attention", "attention_row"):
+differentiable("neighbor_attention", dispatch.neighbor_attention, dispatch.triton_gradients)
+
+for _name in ("attention", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row"):
     follow_autocast(_name)
 
 for _name, _rule in counting.FLOPS.items():

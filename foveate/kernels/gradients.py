@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from foveate.ops import LIBRARY
 
 
-def differentiable(name: str, implementation: Callable[..., Tensor]) -> None:
+def differentiable(
+    name: str, implementation: Callable[..., Tensor], special: Callable[..., list[Tensor] | None] | None = None
+) -> None:
     """Register the gradient of `foveate::name`, which returns one tensor; implementation: plain differentiable torch.
 
     Defines `foveate::name_backward`: the gradient of the result, then the op's own arguments, to the gradients of all
-    floating-point ones in order.
+    floating-point ones in order. special: the same by kernels of its own; it returns None where they do not apply.
     """
     op = getattr(torch.ops.foveate, name).default
     arguments = str(op._schema).partition("(")[2].rpartition(") ->")[0]
@@ -32,6 +34,9 @@ def differentiable(name: str, implementation: Callable[..., Tensor]) -> None:
     backward_op = getattr(torch.ops.foveate, f"{name}_backward").default
 
     def compute(grad: Tensor, *args: Any) -> list[Tensor]:
+        found = None if special is None else special(grad, *args)
+        if found is not None:
+            return found
         flat, spec = tree_flatten(args)
         flat = [x.detach().requires_grad_() if _has_gradient(x) else x for x in flat]
         wanted = [x for x in flat if _has_gradient(x)]

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from foveate import ops
 from foveate.kernels import attention as kernels
 from foveate.kernels import reference
+from foveate.kernels.neighbor import reference as neighbors
+from tests.kernels.neighbor.cases import case
 from tests.kernels.prompts import HEADS, LAYOUTS, SCALE, SIZE, Call, call, in_sequence, plain, real, scattered
 from tests.kernels.test_tokens import ragged
 
@@ -81,6 +83,23 @@ def test_attention_of_any_prompt(data: st.DataObject) -> None:
     queries = draw(st.none() | st.integers(1, text), "queries") if layout[0] == "t" else None
     with mock.patch.object(kernels, "BLOCK", draw(st.sampled_from([1, 3, 256]), "block")):
         check(call(layout, orders, counts, -1, queries=queries, seed=seed))
+
+
+IMAGES = {"one": [[(3, 4, 5)]], "ragged": [[(2, 3, 4), (1, 2, 2)], [(4, 5, 3)]], "no text": [[(0, 4, 4)]]}
+
+
+@pytest.mark.parametrize("prompts", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("metric", ["chebyshev", "euclidean", "raster"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_neighbor_attention(prompts: Any, metric: str, causal: bool, pruned: bool) -> None:
+    drawn = case(prompts, 1, metric, causal, heads=(4, 2))
+    drawn = drawn.keeping(torch.arange(0, drawn.arguments["q"].shape[2], 2)) if pruned else drawn
+    given = trainable(tuple(drawn.arguments.values()))
+    weight = torch.randn(given[0].transpose(1, 2).shape, dtype=torch.float64) * drawn.real[:, :, None, None]
+    actual, wanted = (gradients(f, given, weight) for f in (ops.neighbor_attention, neighbors.neighbor_attention))
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_agrees_with_finite_differences() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from foveate.models.random import random_inputs
 from foveate.models.recording import first_names
-from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, RandomPrune
-from tests.oracle.masked import Masks, Prune, masked_forward, masked_loss
+from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, NeighborAttention, RandomPrune
+from tests.oracle.masked import Masks, Neighbors, Prune, masked_forward, masked_loss
 from tests.passes.check import TOLERANCE, _kept_mask, optimize
 from tests.passes.conftest import HEADS, LAYERS
 from tests.passes.test_passes import heads, neurons
@@ -38,6 +38,11 @@ CASES: dict[str, tuple[list[Any], Masks]] = {
     "fastv": ([FastV(1, 0.5)], Masks(prunes=(Prune(1, 0.5, "fastv"),))),
     "fastv before the last layer": ([FastV(LAYERS - 1, 0.3)], Masks(prunes=(Prune(LAYERS - 1, 0.3, "fastv"),))),
     "random-prune": ([RandomPrune(2, 0.4)], Masks(prunes=(Prune(2, 0.4, "given"),))),
+    "neighbor-attention": ([NeighborAttention(1)], Masks(neighbors=Neighbors((4, 4), 1))),
+    "neighbor-attention after fastv": (
+        [FastV(1, 0.5), NeighborAttention(1, causal=True)],
+        Masks(prunes=(Prune(1, 0.5, "fastv"),), neighbors=Neighbors((4, 4), 1, causal=True)),
+    ),
     "all five": (
         [
             RandomPrune(1, 0.8),

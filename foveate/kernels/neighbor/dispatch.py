@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.errors import InputError
 from foveate.kernels.neighbor import blocks, tiles
 from foveate.kernels.neighbor.inputs import Inputs
-from foveate.kernels.neighbor.triton_launch import forward
+from foveate.kernels.neighbor.triton_launch import backward, forward
 from foveate.kernels.neighbor.triton_support import available, supports
 from foveate.neighborhood import METRICS, Call, Grids, Plan, plan, read_grids
 
@@ -20,9 +20,38 @@ from foveate.neighborhood import METRICS, Call, Grids, Plan, plan, read_grids
 def triton(inputs: Inputs, call: Call, images: Grids | None, layout: Any) -> Tensor:
     """By the Triton kernel, which cuts the images itself."""
     text_k, text_v = (x[1] if call.text else None for x in (inputs.k, inputs.v))
-    grids = torch.tensor([astuple(image) for image in images or ()], dtype=torch.int64).view(-1, 6)
-    streams = (inputs.q, inputs.k[0], inputs.v[0], text_k, text_v)
-    return forward(*streams, grids, call.radius, call.metric, call.causal, inputs.scale)[0]
+    options = (_rows(images), call.radius, call.metric, call.causal, inputs.scale)
+    return forward(inputs.q, inputs.k[0], inputs.v[0], text_k, text_v, *options)[0]
+
+
+def triton_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: list[Tensor],
+    v: list[Tensor],
+    q_order: Tensor,
+    k_order: list[Tensor],
+    coords: Tensor,
+    grids: Tensor,
+    radius: int,
+    metric: str,
+    causal: bool,
+    scale: float,
+) -> list[Tensor] | None:
+    """Gradients of q, of all k and of all v by the Triton kernels; None where another form computes the call."""
+    if not q.numel() or planned(q, k, grids, radius, metric, causal).form != "triton":
+        return None
+    _, images = described(q, k, grids, radius, metric, causal)
+    text_k, text_v = (x[1] if len(x) > 1 else None for x in (k, v))
+    options = (_rows(images), radius, metric, causal, scale)
+    o, lse = forward(q, k[0], v[0], text_k, text_v, *options)
+    dq, dk, dv, text_dk, text_dv = backward(grad, q, k[0], v[0], text_k, text_v, o, lse, *options)
+    return [x.contiguous() for x in (dq, dk, text_dk, dv, text_dv) if x is not None]
+
+
+def _rows(images: Grids | None) -> Tensor:
+    """The images as the op's `grids`."""
+    return torch.tensor([astuple(image) for image in images or ()], dtype=torch.int64).view(-1, 6)
 
 
 FORMS: dict[str, Callable[[Inputs, Call, Grids | None, Any], Tensor]] = {
