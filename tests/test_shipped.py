@@ -6,6 +6,7 @@ FOVEATE_UPDATE_GOLDEN=1 writes the snapshots anew; read the git diff before comm
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,3 +61,13 @@ def test_the_recipe_of_digits_gives_its_snapshot() -> None:
 def test_no_snapshot_is_left_of_a_recipe_that_is_gone() -> None:
     names = {f"{name}.{recipe}.json" for name, recipe in [*CASES, ("digits", DIGITS)]}
     assert {path.name for path in GOLDEN.iterdir()} == names
+
+
+def test_the_docs_say_what_the_snapshots_say() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \| (\S+) \| \d+% \| (\S+)% \| (\S+)x \|$", page, re.MULTILINE)
+    assert {(name, recipe) for recipe, name, _, _ in rows} == {c for c in CASES if c[1] != "fastv-50"}
+    for recipe, name, counted, predicted in rows:
+        records = [r["cost"] for r in read_snapshot(GOLDEN / f"{name}.{recipe}.json").data["passes"] if r["cost"]]
+        flops, seconds = (records[-1][key][1] / records[0][key][0] for key in ("prefill_flops", "prefill_s"))
+        assert (counted, predicted) == (f"{100 * flops:.1f}", f"{1 / seconds:.2f}"), (recipe, name)
