@@ -8,11 +8,6 @@ from itertools import pairwise
 
 from foveate.neighborhood.grids import Call, Grid, Grids
 
-BLOCK = {"cpu": 64}
-"""Queries of one block by device; others launch fewer, larger ones."""
-
-LARGE_BLOCK = 1024
-
 LANES = 16
 """Elements of a vector: softmaxes run one by one over the keys behind the last whole vector."""
 
@@ -53,9 +48,8 @@ class Block:
         return self.rows * self.width
 
 
-def blocks(call: Call, grids: Grids | None) -> tuple[Block, ...]:
-    """The call in blocks of queries; those of an image skip the keys that are too many rows away."""
-    size = BLOCK.get(call.device, LARGE_BLOCK)
+def blocks(call: Call, grids: Grids | None, size: int) -> tuple[Block, ...]:
+    """The call in blocks of about `size` queries; those of an image skip the keys that are too many rows away."""
     if grids is not None:
         return tuple(block for grid in grids for block in _of_image(call, grid, size))
     bounds = [*range(0, call.tokens, size), call.tokens]

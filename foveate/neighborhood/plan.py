@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from foveate.neighborhood.grids import Call, Grids
-from foveate.neighborhood.layouts import LANES, Block, Tiles, blocks, tiles
+from foveate.neighborhood.layouts import Block, Tiles, blocks, tiles
+from foveate.neighborhood.times import blocks_time, tiles_time
 
 _SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64)
 SHAPES = [(rows, columns) for rows in _SIDES for columns in _SIDES if 8 <= rows * columns <= 64]
 """Tiles to choose from: rows and columns of queries."""
+
+BLOCKS = (64, 192)
+"""Blocks to choose from: queries, about. The CPU's kernel takes larger stripes of them from 192 on."""
+
+BLOCK_ON_GPU = 1024
+"""A GPU would rather launch one large block than several small ones."""
 
 PATCH = (8, 8)
 """Queries of one Triton program."""
@@ -42,45 +49,19 @@ class Plan:
         return "\n".join([f"{self.form}: chosen, {how}", *(f"{form}: {reason}" for form, reason in self.rejected)])
 
 
-# Nanoseconds on one thread of a CPU, fitted to 2513 measured runs of both forms with random options (images of 12 to 66
-# columns, radius 1 to 13, 8 to 28 heads of 64 or 128, grouped or not, text or not, fp32 and bf16, which differ little):
-# processor time on an EPYC 9004, the second best of five. Half of all predictions are within 9%.
-PER_CHUNK = 25e3
-"""Of a chunk of tiles, besides its work: a dozen small ops."""
-PER_BLOCK = 60e3
-"""Of a block, the same."""
-PER_ROW = 160.0
-"""Of each query of each head: its softmax, however few keys there are."""
-PER_LEFT_OVER = 16.0
-"""Of each score behind the last whole vector of a query."""
-PER_PRODUCT = 0.05
-"""Of each multiplication with a key and its value."""
-PER_PACKED = 0.375
-"""Of each element of the keys and values, for every `STRIPE` queries that are multiplied with it."""
-PER_COPIED = 0.175
-"""Of each element gathered or scattered."""
-PER_MASKED = {"mask": 11.0, "grid": 2.0, "all": 0.0, "causal": 0.0}
-"""Of each element of the mask that is made for one block, by its kind."""
-STRIPE = 32
-CAUSAL = 0.75
-"""Share of a square that the causal kernel takes the time of."""
-
-
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def plan(call: Call, grids: Grids | None, no_triton: str = "") -> Plan:
     """The form for a call whose images are `grids`, None where nothing is promised.
 
     no_triton: why that form cannot run here; empty if it can.
     """
-    dense = blocks(call, grids)
+    dense = blocks_layout(call, grids)
     options: dict[str, Tiles | tuple[Block, ...]] = {"blocks": dense}
     rejected: dict[str, str] = {}
     if grids is None:
         rejected["tiles"] = rejected["triton"] = "no grid is promised: only the run knows whose neighbour a token is"
     else:
-        options["tiles"] = min(
-            (tiles(call, grids, *x) for x in _shapes(call, grids)), key=lambda x: tiles_time(call, x)
-        )
+        options["tiles"] = tiles_layout(call, grids)
         if no_triton or call.device != "cuda":
             rejected["triton"] = no_triton or f"does not run on {call.device}"
         else:
@@ -102,33 +83,14 @@ def plan(call: Call, grids: Grids | None, no_triton: str = "") -> Plan:
     return Plan(form, layout, pairs, tuple(sorted(rejected.items())))
 
 
-def _shapes(call: Call, grids: Grids) -> list[tuple[int, int]]:
-    """Tiles to choose from: rows and columns of queries. Whole rows need no keys beside them."""
+def blocks_layout(call: Call, grids: Grids | None) -> tuple[Block, ...]:
+    """The best blocks."""
+    sizes = BLOCKS if call.device == "cpu" else (BLOCK_ON_GPU,)
+    return min((blocks(call, grids, size) for size in sizes), key=lambda x: blocks_time(call, x))
+
+
+def tiles_layout(call: Call, grids: Grids) -> Tiles:
+    """The best tiles. Those of whole rows need no keys beside them."""
     widest = max(call.laid(grid)[1] for grid in grids)
-    return [*SHAPES, *((rows, widest) for rows in (1, 2, 4) if rows * widest <= 256)]
-
-
-def tiles_time(call: Call, cut: Tiles) -> float:
-    """Predicted nanoseconds of tiles."""
-    group = call.heads // call.kv_heads
-    copied = 2 * cut.count * call.size * (call.kv_heads * cut.keys + call.heads * cut.queries)
-    packed = cut.count * call.kv_heads * call.size * cut.keys * -(-group * cut.queries // STRIPE)
-    rows = cut.count * cut.queries
-    work = _attention_time(call, rows, rows * (cut.keys % LANES), cut.pairs, packed)
-    return work + copied * PER_COPIED + -(-cut.count // cut.step) * PER_CHUNK
-
-
-def blocks_time(call: Call, cut: tuple[Block, ...]) -> float:
-    """Predicted nanoseconds of blocks."""
-    rows = sum(block.rows for block in cut)
-    left_over = sum(block.rows * (block.width % LANES) for block in cut)
-    pairs = sum(block.pairs * (CAUSAL if block.kind == "causal" else 1) for block in cut)
-    masked = sum(block.pairs * PER_MASKED[block.kind] for block in cut)
-    work = _attention_time(call, rows, left_over, pairs, call.heads * call.size * pairs / STRIPE)
-    return work + masked + len(cut) * PER_BLOCK
-
-
-def _attention_time(call: Call, rows: int, left_over: int, pairs: float, packed: float) -> float:
-    """Of the products and the softmax of so many queries, over all heads."""
-    scores = rows * PER_ROW + left_over * PER_LEFT_OVER + pairs * call.size * PER_PRODUCT
-    return call.heads * scores + packed * PER_PACKED
+    shapes = [*SHAPES, *((rows, widest) for rows in (1, 2, 4) if rows * widest <= 256)]
+    return min((tiles(call, grids, *shape) for shape in shapes), key=lambda x: tiles_time(call, x))

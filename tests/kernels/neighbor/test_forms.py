@@ -33,8 +33,7 @@ def by_tiles(x: Case, rows: int, columns: int) -> Tensor:
 
 def by_blocks(x: Case, size: int) -> Tensor:
     call, grids = x.described()
-    with mock.patch.dict(layouts.BLOCK, cpu=size):
-        return blocks.attend(x.inputs(), call, grids, layouts.blocks(call, grids))
+    return blocks.attend(x.inputs(), call, grids, layouts.blocks(call, grids, size))
 
 
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
@@ -168,10 +167,9 @@ def test_the_reference_without_a_window_is_causal_attention() -> None:
 def test_no_mask_covers_more_than_a_block_of_queries(promised: bool) -> None:
     x = case([[(3, 40, 30)]], 2)
     x = x if promised else x.keeping(torch.arange(1000))
-    call, grids = x.described()
     spy = mock.Mock(wraps=torch.nn.functional.scaled_dot_product_attention)
     with mock.patch.object(blocks, "scaled_dot_product_attention", spy):
-        x.check(blocks.attend(x.inputs(), call, grids, layouts.blocks(call, grids)))
+        x.check(by_blocks(x, 64))
     masks = [options["attn_mask"].shape[-2:] for _, options in spy.call_args_list]
     assert len(masks) >= 16
     assert max(rows for rows, _ in masks) <= 64
