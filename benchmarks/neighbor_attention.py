@@ -151,9 +151,9 @@ def to_markdown(result: dict[str, Any]) -> str:
         "# Neighbour attention on a CPU",
         "",
         f"`python benchmarks/neighbor_attention.py`: {about['cpu']}, 1 thread, torch {about['torch']}; "
-        f"{result['heads']} heads of {result['size']}, square images, Chebyshev windows. Medians of {result['rounds']} rounds in which "
-        "all take turns. Figures are speed-ups by processor time, which busy neighbours disturb least, over "
-        "`scaled_dot_product_attention(is_causal=True)` of the same run and memory layout; *wall*: by the wall clock.",
+        f"{result['heads']} heads of {result['size']}, square images, Chebyshev windows. Medians of {result['rounds']} "
+        "rounds in which all take turns. Figures are speed-ups by processor time, which busy neighbours disturb least, "
+        "over `scaled_dot_product_attention(is_causal=True)` of the same run and layout; *wall*: by the wall clock.",
     ]
     flex = any("flex" in row["times"] for row in rows)
     for causal in (True, False):

@@ -69,18 +69,18 @@ def _gathered(rows: Tensor, index: Tensor, call: Call) -> Tensor:
 @lru_cache(maxsize=32)
 def _tables(call: Call, grids: Grids, tiles: Tiles, device: torch.device) -> Tables:
     """The tables of a set of grids; layers with the same options share them."""
-    queries, keys = (torch.cat(part) for part in zip(*(_image(call, grid, tiles) for grid in grids), strict=True))
-    # Who is near whom is the same in every tile; tiles differ by what lies outside their image.
-    down, right = (
-        (torch.arange(side)[:, None] - torch.arange(far) + before)
-        for side, far, before in ((tiles.rows, tiles.span, tiles.above), (tiles.columns, tiles.reach, tiles.aside))
-    )
-    seen = near(down[:, None, :, None], right[None, :, None, :], call).flatten(2).flatten(0, 1)
-    seen = torch.cat([seen, seen.new_ones(tiles.queries, tiles.text)], 1)
-    inside, kinds = (keys >= 0).unique(dim=0, return_inverse=True)
-    masks = added(seen & inside[:, None], call.dtype).repeat(1, call.heads // call.kv_heads, 1)[:, None]
-    results = queries.masked_fill(queries < 0, call.batch * call.tokens)
-    parts = queries.clamp(min=0), keys.clamp(min=0), results, kinds, masks
+    # Made on the CPU, whatever device the caller has made the default.
+    with torch.device("cpu"):
+        queries, keys = (torch.cat(part) for part in zip(*(_image(call, grid, tiles) for grid in grids), strict=True))
+        # Who is near whom is the same in every tile; tiles differ by what lies outside their image.
+        down = torch.arange(tiles.rows)[:, None] - torch.arange(tiles.span) + tiles.above
+        right = torch.arange(tiles.columns)[:, None] - torch.arange(tiles.reach) + tiles.aside
+        seen = near(down[:, None, :, None], right[None, :, None, :], call).flatten(2).flatten(0, 1)
+        seen = torch.cat([seen, seen.new_ones(tiles.queries, tiles.text)], 1)
+        inside, kinds = (keys >= 0).unique(dim=0, return_inverse=True)
+        masks = added(seen & inside[:, None], call.dtype).repeat(1, call.heads // call.kv_heads, 1)[:, None]
+        results = queries.masked_fill(queries < 0, call.batch * call.tokens)
+        parts = queries.clamp(min=0), keys.clamp(min=0), results, kinds, masks
     return Tables(*(part.to(device) for part in parts))
 
 

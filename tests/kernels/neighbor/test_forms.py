@@ -196,6 +196,18 @@ def test_layers_share_tables() -> None:
     assert tiles._tables.cache_info().maxsize is not None
 
 
+@pytest.mark.parametrize("radius", [1, 4])
+def test_what_is_kept_between_calls_serves_every_mode(radius: int) -> None:
+    x = case([[(3, 6, 8)]], radius, seed=3)
+    with torch.inference_mode(), torch.device("meta"):
+        x.check(by_tiles(x, 3, 4))
+        x.check(by_blocks(x, 24))
+    x.check(by_tiles(x, 3, 4))
+    x.check(by_blocks(x, 24))
+    grown = x.changed(q=x.arguments["q"].clone().requires_grad_())
+    grown.check(ops.neighbor_attention(**grown.arguments))
+
+
 def test_no_token_gives_an_empty_result() -> None:
     x = case(ONE, 2)
     empty = x.keeping(torch.arange(0))
