@@ -131,10 +131,8 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         cache: VisualTextCache | None,
         use_cache: bool,
     ) -> NextToken:
-        info = self.program.info
-        features = self._features(pixel_values, self._run)
-        streams = arrange(info, input_ids, attention_mask, position_ids, 0 if features is None else len(features))
-        out = self._run["prefill"](self._inputs(input_ids, streams, features))
+        inputs, streams = self.prefill_inputs(input_ids, pixel_values, attention_mask, position_ids)
+        out = self._run["prefill"](inputs)
         kept = {int(layer): order for layer, order in out["kept"].items()}
         if use_cache:
             cache = cache if isinstance(cache, VisualTextCache) else VisualTextCache()
@@ -169,6 +167,19 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         )
         kept = {int(layer): order for layer, order in out["kept"].items()}
         return NextToken(loss=loss, logits=logits, labels=asked.labels, kept=kept or None)
+
+    def prefill_inputs(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor | int], Streams]:
+        """What a prefill graph takes, by name, from what the model's processor returns; and the prompts in streams."""
+        features = self._features(pixel_values, self._run)
+        images = 0 if features is None else len(features)
+        streams = arrange(self.program.info, input_ids, attention_mask, position_ids, images)
+        return self._inputs(input_ids, streams, features), streams
 
     def _run_decode(self, input_ids: Tensor, cache: VisualTextCache) -> NextToken:
         batch, tokens = input_ids.shape

@@ -37,6 +37,11 @@ LIBRARY.define("attention_row(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_o
 LIBRARY.define("top_tokens(Tensor scores, Tensor order, float keep) -> (Tensor, Tensor)")
 LIBRARY.define("take_tokens(Tensor x, Tensor index, int dim) -> Tensor")
 LIBRARY.define("random_scores(Tensor order, int seed) -> Tensor")
+LIBRARY.define(
+    "attention_statistics(Tensor[] q, Tensor[] k, Tensor[] out, Tensor[] q_order, Tensor[] k_order, Tensor coords,"
+    " int distances, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define("activity(Tensor x, Tensor order) -> Tensor")
 
 attention = torch.ops.foveate.attention.default
 """Causal attention of one or more query streams over one or more key streams.
@@ -92,6 +97,23 @@ take_tokens = torch.ops.foveate.take_tokens.default
 
 random_scores = torch.ops.foveate.random_scores.default
 """Scores in [0, 1) that depend on the seed and each token's place in its stream only: order [B, n] -> fp32 [B, n]."""
+
+attention_statistics = torch.ops.foveate.attention_statistics.default
+"""What one layer's attention looks at, for calibration; q, k, out and orders are lists of a visual and a text stream.
+
+q: [B, H, n, e] each, k: [B, Hk, m, e] each, out: what attention gave the queries, [B, n, H, e] each. coords int64
+[B, m of the visual keys, 3]: image, row and column; visual queries and keys are the same tokens. Padding counts
+nowhere. Returns, all fp32,
+
+- mass [B, H, 2, 3]: softmaxed attention from visual and from text queries (summed over them) to text keys before the
+  row's first visual token, visual keys, and later text keys (summed over them);
+- norms [B, H, 2]: mean over visual and over text queries of the norm of a head's output (0 where there is none);
+- by_distance [B, H, distances]: attention from visual queries to visual keys of the same image, summed by their
+  Euclidean distance on the grid, rounded; the last entry holds everything from there on;
+- pairs [B, distances]: how many pairs of a query and a key that it sees are that far apart."""
+
+activity = torch.ops.foveate.activity.default
+"""Mean absolute value over tokens that are not padding: x [B, n, m], order [B, n] -> fp32 [B, m], 0 without tokens."""
 
 
 @torch.library.register_fake("foveate::attention", lib=LIBRARY)
@@ -158,6 +180,28 @@ def _take_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
 @torch.library.register_fake("foveate::random_scores", lib=LIBRARY)
 def _random_scores(order: Tensor, seed: int) -> Tensor:
     return order.new_empty(order.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("foveate::attention_statistics", lib=LIBRARY)
+def _attention_statistics(
+    q: list[Tensor],
+    k: list[Tensor],
+    out: list[Tensor],
+    q_order: list[Tensor],
+    k_order: list[Tensor],
+    coords: Tensor,
+    distances: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads = q[0].shape[:2]
+    sizes = ((batch, heads, 2, 3), (batch, heads, 2), (batch, heads, distances), (batch, distances))
+    mass, norms, by_distance, pairs = (q[0].new_empty(size, dtype=torch.float32) for size in sizes)
+    return mass, norms, by_distance, pairs
+
+
+@torch.library.register_fake("foveate::activity", lib=LIBRARY)
+def _activity(x: Tensor, order: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
 
 
 def attention_pairs(queries: Sequence[int], keys: Sequence[int], layout: str, prefix: int) -> tuple[int, int]:

@@ -218,6 +218,11 @@ def _selection(node: fx.Node, axes: Axes) -> int | None:
     return 1
 
 
+def _counted(node: fx.Node, axes: Axes) -> int | None:
+    """Statistics of all tokens; no value that a token is made from depends on them."""
+    return None
+
+
 def _take(node: fx.Node, axes: Axes) -> int | None:
     axis, _ = _first(node, axes)
     if axis != node.args[2]:
@@ -257,6 +262,8 @@ RULES: dict[Any, Rule] = {
     ops.attention_row: _scores,
     ops.random_scores: _selection,
     ops.top_tokens: _selection,
+    ops.attention_statistics: _counted,
+    ops.activity: _counted,
     operator.getitem: _same,
     ops.take_tokens: _take,
 }

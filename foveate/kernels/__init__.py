@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, tokens
+from foveate.kernels import attention, counting, statistics, tokens
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import differentiable
 from foveate.kernels.neighbor import dispatch
@@ -26,6 +26,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "top_tokens": tokens.top_tokens,
     "take_tokens": tokens.take_tokens,
     "random_scores": tokens.random_scores,
+    "attention_statistics": statistics.attention_statistics,
+    "activity": statistics.activity,
 }
 
 for _name, _implementation in IMPLEMENTATIONS.items():

@@ -32,7 +32,7 @@ def attention(
 ) -> Tensor:
     """`foveate::attention`; shapes as in `foveate.ops`."""
     if sum(x.shape[2] for x in q) <= FEW_QUERIES:
-        rows = _rows(torch.cat(q, 2), k, torch.cat(q_order, 1), k_order, scale).to(q[0].dtype)
+        rows = softmaxed_rows(torch.cat(q, 2), k, torch.cat(q_order, 1), k_order, scale).to(q[0].dtype)
         parts = rows.split([x.shape[2] for x in k], dim=3)
         out = sum(_grouped(p, x) for p, x in zip(parts, v, strict=True))
         assert isinstance(out, Tensor)  # k and v are never empty lists
@@ -64,10 +64,10 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
 def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     """`foveate::attention_row`; shapes as in `foveate.ops`."""
     # Ops return what their fakes promise: contiguous values.
-    return _rows(q, k, q_order, k_order, scale)[..., : k[0].shape[2]].contiguous()
+    return softmaxed_rows(q, k, q_order, k_order, scale)[..., : k[0].shape[2]].contiguous()
 
 
-def _rows(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
+def softmaxed_rows(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     """Softmaxed rows fp32 [B, H, R, all keys]; one matmul a key stream, only scores are concatenated."""
     batch, heads, rows, size = q.shape
     # Sizes are written out: with no query at all, -1 would be ambiguous.

@@ -65,3 +65,47 @@ def top_tokens(scores: Tensor, order: Tensor, keep: float) -> tuple[Tensor, Tens
         index[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
         kept_order[row, : len(kept)] = order[row, kept]
     return index, kept_order
+
+
+def attention_statistics(
+    q: list[Tensor],
+    k: list[Tensor],
+    out: list[Tensor],
+    q_order: list[Tensor],
+    k_order: list[Tensor],
+    coords: Tensor,
+    distances: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`foveate::attention_statistics` from all weights at once, row by row and pair by pair."""
+    batch, heads = q[0].shape[:2]
+    mass = torch.zeros(batch, heads, 2, 3, dtype=torch.float64)
+    norms = torch.zeros(batch, heads, 2, dtype=torch.float64)
+    by_distance = torch.zeros(batch, heads, distances, dtype=torch.float64)
+    pairs = torch.zeros(batch, distances, dtype=torch.float64)
+    visual, keys = k[0].shape[2], torch.cat(k_order, 1)
+    for stream in range(2):
+        rows = probabilities(q[stream], torch.cat(k, 2), q_order[stream], keys, scale)
+        for b in range(batch):
+            real = [i for i, place in enumerate(q_order[stream][b].tolist()) if place != PAD]
+            if real:
+                norms[b, :, stream] = out[stream][b, real].double().norm(dim=-1).mean(0)
+            first = min(k_order[0][b].tolist(), default=PAD)
+            for j, place in enumerate(keys[b].tolist()):
+                group = 1 if j < visual else 0 if place < first else 2
+                if place != PAD:
+                    mass[b, :, stream, group] += rows[b, :, real, j].sum(1)
+            for i in real if stream == 0 else []:
+                for j in range(visual):
+                    (image, *here), (other, *there) = coords[b, i].tolist(), coords[b, j].tolist()
+                    if image == other and keys[b, j] <= q_order[0][b, i]:
+                        far = min(round(math.dist(here, there)), distances - 1)
+                        by_distance[b, :, far] += rows[b, :, i, j]
+                        pairs[b, far] += 1
+    return mass.float(), norms.float(), by_distance.float(), pairs.float()
+
+
+def activity(x: Tensor, order: Tensor) -> Tensor:
+    """`foveate::activity` row by row."""
+    means = [row[places != PAD].double().abs().mean(0) for row, places in zip(x, order, strict=True)]
+    return torch.stack(means).nan_to_num().float() if means else x.new_zeros(0, x.shape[2]).float()

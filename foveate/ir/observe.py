@@ -1,0 +1,77 @@
+"""Observers: a copy of a dense program whose prefill graph also returns what calibration counts.
+
+    before                                     after
+    a.visual = attention(q.visual; both)       the same, and
+    a.text   = attention(q.text; both)         mass, norms, by_distance, pairs = attention_statistics(both; both)
+    y.visual = down(x.visual)                  the same, and neurons = activity(x.visual)
+
+Nothing else changes, so that logits are the model's own, and no value has an entry for each pair of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from foveate import ops
+from foveate.errors import TraceError
+from foveate.ir.attention import Attention, attentions
+from foveate.ir.program import ModelInfo, NodeInfo, Program, args_of, outputs
+from foveate.ir.rewriter import Rewriter, nodes_of
+from foveate.ir.select import coords_at
+
+OBSERVERS = ("mass", "norms", "by_distance", "pairs", "neurons")
+"""Values observed in a layer, in the order of the `statistics` output; see `foveate.ops` for their shapes."""
+
+
+def distances_of(model: ModelInfo) -> int:
+    """How many rounded distances there are between tokens of an image."""
+    height, width = model.grid
+    return round(math.hypot(height - 1, width - 1)) + 1
+
+
+def observe(program: Program) -> Program:
+    """A copy with the prefill output `statistics`: for each layer a list of the values named in `OBSERVERS`.
+
+    program: one whose prefill graph is as `foveate.ir.split.split` leaves it, where the last layer still works for all
+    tokens. Raises TraceError for a layer that passes or `keep_last` have changed already.
+    """
+    copy = program.copy()
+    edit = Rewriter(copy, copy.prefill, by="observe")
+    found = [_observe_layer(edit, layer) for layer in range(copy.info.layers)]
+    edit.output({**outputs(edit.graph), "statistics": found})
+    edit.sweep()
+    return copy
+
+
+def _observe_layer(edit: Rewriter, layer: int) -> list[fx.Node]:
+    nodes = [attentions(edit.graph, layer, stream) for stream in ("visual", "text")]
+    if any(len(found) != 1 or found[0].target != ops.attention for found in nodes):
+        raise TraceError(f"layer {layer} cannot be observed: not every token attends there as in the dense split form")
+    down = nodes_of(
+        edit.graph, stream="visual", role=edit.program.info.roles["down"], layer=layer, op=torch.ops.aten.linear.default
+    )
+    (visual_node,), (text_node,) = nodes
+    visual, text = Attention.of(visual_node), Attention.of(text_node)
+    order = visual.q_order[0]
+    about = NodeInfo(layer, "statistics", "none", "observe", (visual_node.name, text_node.name))
+    coords = coords_at(edit, order)
+    with edit.after(max(visual_node, text_node)):
+        counted = edit.call(
+            ops.attention_statistics,
+            [visual.q[0], text.q[0]],
+            text.k,
+            [visual_node, text_node],
+            [order, text.q_order[0]],
+            text.k_order,
+            coords,
+            distances_of(edit.program.info),
+            text.scale,
+            about=about,
+        )
+        items = [edit.item(counted, place, about) for place in range(4)]
+    with edit.after(down[0]):
+        neurons = edit.call(ops.activity, args_of(down[0])[0], order, about=about.with_(origin=(down[0].name,)))
+    return [*items, neurons]
