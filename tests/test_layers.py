@@ -25,7 +25,7 @@ ALLOWED = {
     "labels": BASE | {"streams"},
     "model": BASE | {"ir", "backends", "cache", "streams", "labels", "artifact", "report"},
 }
-EVERYTHING = {"api", "artifact", "cli", "report", "bench", "evaluate", "machine", "train", "__init__"}
+EVERYTHING = {"api", "artifact", "calibrate", "cli", "report", "bench", "evaluate", "machine", "train", "__init__"}
 
 
 def imported(path: Path) -> set[str]:

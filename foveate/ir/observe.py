@@ -75,3 +75,12 @@ def _observe_layer(edit: Rewriter, layer: int) -> list[fx.Node]:
     with edit.after(down[0]):
         neurons = edit.call(ops.activity, args_of(down[0])[0], order, about=about.with_(origin=(down[0].name,)))
     return [*items, neurons]
+
+
+def only_statistics(program: Program) -> fx.Graph:
+    """The prefill graph of an observed program, without what only its other outputs need."""
+    copy = program.copy()
+    edit = Rewriter(copy, copy.prefill, by="observe")
+    edit.output({"statistics": outputs(edit.graph)["statistics"]})
+    edit.sweep()
+    return edit.graph

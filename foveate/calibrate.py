@@ -1,0 +1,166 @@
+"""Calibration: a model runs over samples once, and what its attention and neurons do is counted.
+
+statistics = calibrate(model, processor, [Example(prompt, [image]), ...])
+fast = foveate.optimize(model, "drop-visual-heads{alpha=0.1}", calibration=statistics)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from foveate.backends.eager import lower
+from foveate.errors import InputError
+from foveate.evaluate import Tick, silent
+from foveate.ir.observe import observe, only_statistics
+from foveate.ir.split import split
+from foveate.ir.statistics import Statistics
+from foveate.model import OptimizedModel
+from foveate.models.registry import check_runs, family_of, trace_joint
+from foveate.ops import PAD
+from foveate.streams import Streams
+
+__all__ = ["Example", "Statistics", "calibrate", "unfinished"]
+
+SAVE_EVERY = 32
+"""Samples between two saves of what was counted."""
+
+_TAKEN = ("input_ids", "attention_mask", "pixel_values")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A whole prompt, with its `<image>` marks, and its images in order, or what opens them when they are needed.
+
+    place: where it comes from, for error messages, such as `data.jsonl line 3`.
+    """
+
+    prompt: str
+    images: Sequence[Image | Callable[[], Image]]
+    place: str = ""
+
+
+def unfinished(output: Path) -> Path:
+    """The file that holds what was counted until `output` is complete."""
+    return output.with_name(f"{output.name}.part")
+
+
+def calibrate(
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    *,
+    batch: int = 8,
+    name: str = "",
+    output: Path | None = None,
+    resume: bool = False,
+    tick: Tick = silent,
+) -> Statistics:
+    """Statistics of a transformers model over examples, `batch` at once; the model is left as it was.
+
+    output: where to save them; until all is counted, `unfinished(output)` holds them, and `resume` goes on from there
+    with the same result as a run that was not interrupted. name: of the model, kept in the file. Memory does not grow
+    with the number of examples but for two floats a head and example. Raises InputError for an example that does not
+    fit the model, FoveateError subclasses otherwise.
+    """
+    family_of(model)
+    check_runs(model.config.model_type)
+    joint, program = trace_joint(model)
+    program.graphs["prefill"] = split(program, joint)
+    runner = OptimizedModel(program, model.config, model.generation_config)
+    observed = observe(program)
+    run = lower(observed, only_statistics(observed), "prefill")
+    found = Statistics.empty(program.info, {"model": name, "batch": batch})
+    if output is not None:
+        found = _begin(found, examples, output, resume)
+    saved = found.samples
+    for start in range(found.samples, len(examples), batch):
+        tick("calibrating", start, len(examples))
+        part = examples[start : start + batch]
+        with torch.inference_mode():
+            inputs, streams = runner.prefill_inputs(**_processed(model, processor, part))
+            found = found.extended(run(inputs)["statistics"], _later(streams, part))
+        if output is not None and found.samples - saved >= SAVE_EVERY:
+            saved = _save(found, examples, unfinished(output))
+    tick("calibrating", len(examples), len(examples))
+    if output is not None:
+        _save(found, examples, unfinished(output))
+        unfinished(output).replace(output)
+    return found
+
+
+def _begin(fresh: Statistics, examples: Sequence[Example], output: Path, resume: bool) -> Statistics:
+    """What an interrupted run has counted, if it is to be resumed; InputError where it is of something else."""
+    part = unfinished(output)
+    if not part.exists():
+        return fresh
+    if not resume:
+        raise InputError(f"{part} is of a calibration that was interrupted: go on with --resume, or remove it")
+    found = Statistics.load(part)
+    if found.model != fresh.model:
+        raise InputError(f"{part} is of a model of another shape; remove it to start anew")
+    for what in ("model", "batch"):
+        if found.source.get(what) != fresh.source[what]:
+            raise InputError(
+                f"{part} was begun with {what} {found.source.get(what)}, not {fresh.source[what]}; "
+                "give that, or remove the file to start anew"
+            )
+    if found.samples > len(examples) or found.source.get("examples") != _digest(examples[: found.samples]):
+        raise InputError(f"{part} was begun with other samples; give those, or remove the file to start anew")
+    return found
+
+
+def _save(found: Statistics, examples: Sequence[Example], path: Path) -> int:
+    found.source["examples"] = _digest(examples[: found.samples])
+    found.save(path)
+    return found.samples
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """What tells one list of examples from another: prompts, places and numbers of images."""
+    told = hashlib.sha256()
+    for example in examples:
+        told.update(repr((example.prompt, example.place, len(example.images))).encode())
+    return told.hexdigest()
+
+
+def _processed(model: Any, processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
+    """A batch as the model takes it."""
+    images = [image() if callable(image) else image for example in examples for image in example.images]
+    prompts = [example.prompt for example in examples]
+    try:
+        made = processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
+    except (ValueError, IndexError) as error:
+        where = _places(examples)
+        raise InputError(f"{where}: the processor refuses the batch: {str(error).splitlines()[0]}") from None
+    length, longest = made["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
+    if length > longest:
+        row = int(made["attention_mask"].sum(1).argmax())
+        raise InputError(f"{_place(examples[row])}: the prompt is {length} tokens long, this model takes {longest}")
+    taken = {name: made[name].to(model.device) for name in _TAKEN if name in made}
+    return {n: x.to(model.dtype) if x.is_floating_point() else x for n, x in taken.items()}
+
+
+def _later(streams: Streams, examples: Sequence[Example]) -> torch.Tensor:
+    """How many text tokens stand behind each row's first visual token."""
+    real = streams.visual.order != PAD
+    blind = (~real.any(1)).nonzero()
+    if len(blind):
+        raise InputError(f"{_place(examples[int(blind[0, 0])])}: the prompt has no image, so it says nothing of images")
+    first = streams.visual.order.amin(1, keepdim=True)
+    return ((streams.text.order > first) & (streams.text.order != PAD)).sum(1)
+
+
+def _place(example: Example) -> str:
+    return example.place or f"the sample {example.prompt[:40]!r}"
+
+
+def _places(examples: Sequence[Example]) -> str:
+    first, last = _place(examples[0]), _place(examples[-1])
+    return first if len(examples) == 1 else f"{first} to {last}"

@@ -1,0 +1,61 @@
+"""`foveate calibrate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from foveate.cli.options import AT_LEAST_ONE, json_option
+from foveate.cli.output import table, talking
+
+ALPHA = 0.1
+"""Threshold for the table; passes have their own."""
+
+
+@click.command("calibrate")
+@click.argument("model")
+@click.option("--data", required=True, metavar="D", help='"digits", a folder of images, or a file of JSON lines.')
+@click.option("-o", "--output", required=True, metavar="X.safetensors", help="Where the statistics go.")
+@click.option("-n", "--samples", type=AT_LEAST_ONE, default=100, show_default=True, help="Samples at most.")
+@click.option("--batch", type=AT_LEAST_ONE, default=8, show_default=True, help="Samples at once.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")
+@json_option
+def command(model: str, data: str, output: str, samples: int, batch: int, resume: bool, as_json: bool) -> None:
+    """Count what MODEL's heads and neurons do with images, for passes that drop the idle ones.
+
+    A folder holds images, each with its question in a .txt of the same name (default: "Describe this image.").
+    JSON lines are {"image": "a.png", "prompt": "..."} or {"images": [...], "prompt": "..."}.
+    """
+    from foveate.cli.data import read_examples
+    from foveate.cli.folders import check_file
+    from foveate.cli.models import load_model
+
+    with talking(as_json) as out:
+        path = check_file(output, ".safetensors")
+        out.tick("loading the model", 0, 1)
+        loaded = load_model(model)
+        processor = loaded.get_processor()
+        from foveate.calibrate import calibrate
+
+        examples = read_examples(data, processor, samples)
+        found = calibrate(
+            loaded.model, processor, examples, batch=batch, name=model, output=path, resume=resume, tick=out.tick
+        )
+        layers = _layers(found)
+        shown = table(None, "layer", "active heads", "text to image", left=0)
+        for layer, row in enumerate(layers):
+            shown.add_row(str(layer), str(row["active_heads"]), f"{row['text_to_visual']:.1%}")
+        out.say(
+            shown,
+            f"active: mass ratio above {ALPHA} in more than 40% of {found.samples} samples; text to image: share of "
+            "attention that a text token behind the image pays to it",
+        )
+        out.line(f"saved in {output}")
+        out.finish({"output": output, "model": model, "data": data, "samples": found.samples, "layers": layers})
+
+
+def _layers(found: Any) -> list[dict[str, Any]]:
+    active = found.active(ALPHA).sum(1).tolist()
+    shares = (found.text_to_visual / found.samples).mean(1).tolist()
+    return [{"active_heads": a, "text_to_visual": s} for a, s in zip(active, shares, strict=True)]
