@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from foveate.errors import PassError
 from foveate.ir.cost import Cost, cost_of
 from foveate.ir.program import Program
+from foveate.ir.statistics import Statistics
 from foveate.model import OptimizedModel
 from foveate.models.registry import check_runs, family_of, trace_program
 from foveate.passes.pipeline import Passes, apply_pipeline
@@ -28,22 +28,22 @@ def trace(model: Any) -> Program:
 def optimize(
     model: Any,
     passes: Passes | None = None,
-    calibration: None = None,
+    calibration: Statistics | str | Path | None = None,
     backend: str = "eager",
     traced: Program | None = None,
 ) -> OptimizedModel:
     """A faster model with the same calling convention.
 
     passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager` or
-    `inductor`. calibration: no pass takes any yet, so only None is accepted. traced: what `trace(model)` gave, so
-    that several recipes can be tried on one trace; it is not changed. The weights are shared with `model`, which is
-    left as it was. Raises FoveateError subclasses.
+    `inductor`. calibration: statistics of the model, or the file that `foveate calibrate` made, for passes that want
+    them and have no `stats` of their own. traced: what `trace(model)` gave, so that several recipes can be tried on one
+    trace; it is not changed. The weights are shared with `model`, which is left as it was. Raises FoveateError
+    subclasses.
     """
-    if calibration is not None:
-        raise PassError("no pass takes calibration data yet; leave `calibration` out")
     family_of(model)
     check_runs(model.config.model_type)
-    program = apply_pipeline(trace(model) if traced is None else traced.copy(), passes)
+    statistics = Statistics.load(calibration) if isinstance(calibration, (str, Path)) else calibration
+    program = apply_pipeline(trace(model) if traced is None else traced.copy(), passes, statistics)
     program.forget_unused()
     return OptimizedModel(program, model.config, model.generation_config, backend)
 

@@ -37,9 +37,20 @@ def test_passes_and_their_options():
     }
     assert options == {
         "cut-visual": {},
-        "drop-visual-heads": {"keep": None, "mask": None, "from_layer": 2, "scores": "weight-norm"},
-        "drop-visual-neurons": {"keep": 0.5, "select": "prefix", "seed": 0, "from_layer": 0},
+        "drop-visual-heads": {
+            "keep": None,
+            "mask": None,
+            "from_layer": 2,
+            "scores": None,
+            "alpha": None,
+            "vote": 0.4,
+            "rho": "mass",
+            "average": False,
+            "stats": None,
+        },
+        "drop-visual-neurons": {"keep": 0.5, "select": "prefix", "seed": 0, "from_layer": 0, "stats": None},
         "fastv": {"layer": 2, "keep": 0.5},
+        "neighbor-attention": {"metric": "chebyshev", "causal": False, "see_prefix": True, "layers": None},
         "random-prune": {"layer": 2, "keep": 0.5, "seed": 0},
     }
     for cls in foveate.passes.PASSES.values():

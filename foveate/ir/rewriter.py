@@ -10,13 +10,16 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from foveate.errors import TraceError
 from foveate.ir.program import NodeInfo, Program, Stream, info, outputs
+
+if TYPE_CHECKING:
+    from foveate.ir.statistics import Statistics
 
 Arg = Any
 """What an FX node takes: nodes, numbers, strings, None, dtypes, devices, and lists of them."""
@@ -28,12 +31,13 @@ def map_arg(arg: Arg, change: Callable[[fx.Node], Arg]) -> Arg:
 
 
 class Rewriter:
-    """Edits one graph of a program on behalf of a named step."""
+    """Edits one graph of a program on behalf of a named step, which may look at statistics of the model."""
 
-    def __init__(self, program: Program, graph: fx.Graph, by: str) -> None:
+    def __init__(self, program: Program, graph: fx.Graph, by: str, statistics: Statistics | None = None) -> None:
         self.program = program
         self.graph = graph
         self.by = by
+        self.statistics = statistics
         self.events: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
 

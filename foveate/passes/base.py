@@ -16,6 +16,7 @@ from foveate.errors import PassError
 from foveate.ir.attention import attentions, looks_at_visual
 from foveate.ir.program import PassRecord, Program, info
 from foveate.ir.rewriter import Rewriter
+from foveate.ir.statistics import Statistics
 
 
 class Skipped(Exception):  # noqa: N818  not an error: the pass says that it has nothing to do
@@ -40,9 +41,9 @@ class Pass(ABC):
         Raises PassError where the pass does not fit the program, Skipped where there is nothing to change.
         """
 
-    def apply(self, program: Program) -> PassRecord:
-        """Run the pass on a program, in place, and say what it did."""
-        edit = Rewriter(program, program.prefill, by=self.name)
+    def apply(self, program: Program, calibration: Statistics | None = None) -> PassRecord:
+        """Run the pass on a program, in place, and say what it did; calibration: of the model, for passes that ask."""
+        edit = Rewriter(program, program.prefill, by=self.name, statistics=calibration)
         try:
             notes = tuple(self.rewrite(edit))
         except Skipped as reason:
@@ -59,6 +60,20 @@ class Pass(ABC):
         value = getattr(self, option)
         fits = (whole(value) and value >= 0) or (isinstance(value, float) and 0 < value < 1)
         self.require(fits, option, f"{what}, 0 or more, or a share of them between 0 and 1, such as 0.5")
+
+    def statistics(self, edit: Rewriter, stats: str | None, why: str) -> Statistics:
+        """The statistics in the file `stats`, or those given to the whole pipeline.
+
+        Raises PassError where there are none (why: the option that asks for them) or they are of another model.
+        """
+        found = Statistics.load(stats) if stats is not None else edit.statistics
+        if found is None:
+            raise PassError(
+                f"{self.name}: {why} needs statistics: make them with `foveate calibrate`, then give stats=FILE, or "
+                "calibration= to foveate.optimize"
+            )
+        found.check(edit.program.info, self.name)
+        return found
 
     def require_layer(self, program: Program, option: str, first: int = 0, end: int = 0) -> int:
         """The layer that an option names; PassError unless it is one of `first` to `layers - 1 + end`."""

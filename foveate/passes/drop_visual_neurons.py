@@ -23,26 +23,33 @@ from foveate.ir.rewriter import Rewriter, nodes_of
 from foveate.ir.weights import permute, read_weight, slice_weight
 from foveate.passes.base import Pass, Skipped, layers_text, number, whole
 
+SELECT = ("prefix", "random", "magnitude", "activity")
+
 
 @dataclass(frozen=True)
 class DropVisualNeurons(Pass):
     """Visual tokens use floor(keep * intermediate size) FFN neurons in layers from `from_layer` on.
 
     keep: above 0, up to 1. select: `prefix`, the first ones (YOPO's code); `random` by `seed` (its text);
-    `magnitude`, those with the largest product of the norms of their gate, up and down weights.
+    `magnitude`, those with the largest product of the norms of their gate, up and down weights; `activity`, those with
+    the largest mean |activation| at visual tokens, from the statistics that `foveate calibrate` made (stats: the file).
     """
 
     name: ClassVar[str] = "drop-visual-neurons"
     source: ClassVar[str] = "YOPO, arXiv 2410.06169, section 3.2"
 
     keep: float = 0.5
-    select: Literal["prefix", "random", "magnitude"] = "prefix"
+    select: Literal["prefix", "random", "magnitude", "activity"] = "prefix"
     seed: int = 0
     from_layer: int = 0
+    stats: str | None = None
 
     def __post_init__(self) -> None:
         self.require(number(self.keep) and 0 < self.keep <= 1, "keep", "above 0, at most 1")
-        self.require(self.select in ("prefix", "random", "magnitude"), "select", "prefix, random, magnitude")
+        self.require(self.select in SELECT, "select", ", ".join(SELECT))
+        self.require(self.stats is None or isinstance(self.stats, str), "stats", "a file made by `foveate calibrate`")
+        if self.stats is not None and self.select != "activity":
+            raise PassError(f"{self.name}: stats has no meaning here; it belongs to select=activity")
         self.require(whole(self.seed) and 0 <= self.seed < 2**31, "seed", "0 to 2**31 - 1")
         self.require(whole(self.from_layer) and self.from_layer >= 0, "from_layer", "a layer number, 0 or more")
 
@@ -57,7 +64,10 @@ class DropVisualNeurons(Pass):
             )
         if kept == model.intermediate_size:
             raise Skipped("every neuron is kept")
-        done = [layer for layer in range(self.from_layer, model.layers) if self._layer(edit, layer, kept)]
+        active = None
+        if self.select == "activity":
+            active = self.statistics(edit, self.stats, "select=activity").neurons
+        done = [layer for layer in range(self.from_layer, model.layers) if self._layer(edit, layer, kept, active)]
         if not done:
             raise Skipped(f"no layer from {self.from_layer} on has visual FFN work left")
         edit.refresh()
@@ -67,7 +77,7 @@ class DropVisualNeurons(Pass):
             f"({self.select})"
         )
 
-    def _layer(self, edit: Rewriter, layer: int, kept: int) -> bool:
+    def _layer(self, edit: Rewriter, layer: int, kept: int, active: Tensor | None) -> bool:
         roles = edit.program.info.roles
         linears = {
             part: nodes_of(edit.graph, stream="visual", role=roles[part], layer=layer, op=torch.ops.aten.linear.default)
@@ -79,19 +89,21 @@ class DropVisualNeurons(Pass):
             raise PassError(f"{self.name}: layer {layer} already has part of its visual neurons dropped")
         if self.select != "prefix":
             weights = [read_weight(edit.program, linears[part][0]) for part in ("gate", "up", "down")]
-            order = self._order(weights, layer, kept)
+            order = self._order(weights, layer, kept, None if active is None else active[layer])
             for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
                 permute(edit.program, linears[part][0], order, dim)
         for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
             slice_weight(edit, linears[part][0], dim, kept)
         return True
 
-    def _order(self, weights: list[Tensor], layer: int, kept: int) -> Tensor:
+    def _order(self, weights: list[Tensor], layer: int, kept: int, active: Tensor | None) -> Tensor:
         """All neurons, kept ones in front, each part in its old order."""
         gate, up, down = weights
         if gate.is_meta:
             return torch.arange(gate.shape[0])
-        if self.select == "random":
+        if active is not None:
+            score = active
+        elif self.select == "random":
             generator = torch.Generator().manual_seed(self.seed * 1009 + layer)
             score = torch.rand(gate.shape[0], generator=generator)
         else:

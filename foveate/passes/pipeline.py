@@ -18,6 +18,7 @@ from foveate.ir.cost import default_device, prefill_cost
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import Program
 from foveate.ir.rules import verify
+from foveate.ir.statistics import Statistics
 from foveate.passes.base import Pass
 from foveate.passes.cut_visual import CutVisual
 from foveate.passes.drop_visual_heads import DropVisualHeads
@@ -35,14 +36,15 @@ Passes = str | Pass | Sequence[Pass]
 
 
 @collector_paused()
-def apply_pipeline(program: Program, passes: Passes | None) -> Program:
+def apply_pipeline(program: Program, passes: Passes | None, calibration: Statistics | None = None) -> Program:
     """Apply passes to a traced program, in place, in order; the decode graph follows.
 
+    calibration: statistics of the model, for passes that have no `stats` of their own.
     A pass that changes nothing is recorded with its reason and issues a FoveateWarning.
     """
     before, device = prefill_cost(program), default_device(program)
     for each in resolve(passes):
-        record = each.apply(program)
+        record = each.apply(program, calibration)
         after = prefill_cost(program)
         effect = {name: (before[name], after[name]) for name in after}
         program.passes.append(dataclasses.replace(record, cost=effect, device=device))

@@ -215,7 +215,7 @@ REFUSED = {
     "cut-visual{from_layer=-1}": "0 or more",
     "cut-visual{from_layer=1.5}": "layer number",
     "cut-visual{from_layer=true}": "layer number",
-    "drop-visual-heads": "give `mask`",
+    "drop-visual-heads": "give one of keep, alpha and mask",
     "drop-visual-heads{keep=5}": "4 heads",
     "drop-visual-heads{keep=-1}": "0 or more",
     "drop-visual-heads{keep=2,from_layer=9}": "0 to 3",
