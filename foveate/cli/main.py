@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "snapshot": "Write a stable picture of a model's graphs, to be committed and compared.",
     "diff": "What differs between two snapshots or models, with gates for CI.",
     "calibrate": "Count what heads and neurons do with images, for passes to use.",
+    "inspect": "Draw what calibration found: attention by distance, by layer, active heads.",
     "optimize": "Optimize a model and save it in a new folder.",
     "run": "Ask a question about an image.",
     "train": "Fine-tune a pruned model, so that it recovers what it lost.",

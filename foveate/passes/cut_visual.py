@@ -18,28 +18,40 @@ from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import info, outputs
 from foveate.ir.rewriter import Rewriter
-from foveate.passes.base import Pass, Skipped, first_blind_layer, layers_text
+from foveate.passes.base import Pass, Skipped, count_of, first_blind_layer, layers_text
 
 
 @dataclass(frozen=True)
 class CutVisual(Pass):
-    """Layers from `from_layer` on see text only.
+    """Layers from `from_layer` on see text only; or the `last` ones, as YOPO counts them.
 
-    from_layer: 0 (the image is not seen at all) to the number of layers (nothing is cut); 0.5 is half of them.
+    from_layer: 0 (the image is not seen at all) to the number of layers (nothing is cut); 0.5 is half of them. last: a
+    number or share of layers in the same way.
     """
 
     name: ClassVar[str] = "cut-visual"
     source: ClassVar[str] = "YOPO, arXiv 2410.06169, section 3.4; VTW, arXiv 2405.05803"
 
-    from_layer: int | float
+    from_layer: int | float | None = None
+    last: int | float | None = None
 
     def __post_init__(self) -> None:
-        self.require_count_or_share("from_layer", "a layer number")
+        if (self.from_layer is None) == (self.last is None):
+            raise PassError(f"{self.name}: give either from_layer or last, as in {self.name}{{from_layer=16}}")
+        if self.from_layer is not None:
+            self.require_count_or_share("from_layer", "a layer number")
+        else:
+            self.require_count_or_share("last", "a number of layers")
 
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         graph, layers = edit.graph, edit.program.info.layers
-        first = self.require_layer(edit.program, "from_layer", end=1)
+        if self.last is not None:
+            first = layers - count_of(self.last, layers)
+            if first < 0:
+                raise PassError(f"{self.name}: last={self.last}, but the model has {layers} layers")
+        else:
+            first = self.require_layer(edit.program, "from_layer", end=1)
         already = first_blind_layer(graph)
         if first >= already:
             raise Skipped(

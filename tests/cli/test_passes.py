@@ -19,8 +19,8 @@ def test_json_lists_every_pass_with_its_options(run: Run) -> None:
         assert found[name]["summary"]
     options = {o["name"]: o for o in found["fastv"]["options"]}
     assert (options["layer"]["default"], options["keep"]["default"]) == (2, 0.5)
-    (cut,) = found["cut-visual"]["options"]
-    assert cut["required"]
+    radius = found["neighbor-attention"]["options"][0]
+    assert (radius["name"], radius["required"]) == ("radius", True)
     assert result.stderr == ""
 
 
@@ -28,5 +28,5 @@ def test_the_table_fits_80_columns(run: Run) -> None:
     lines = run("passes").stdout.splitlines()
     assert max(map(len, lines[:-1])) <= 80
     text = "\n".join(lines)
-    for expected in ("drop-visual-neurons", "from_layer (required)", "keep=0.5", "arXiv 2403.06764"):
+    for expected in ("drop-visual-neurons", "radius (required)", "keep=0.5", "arXiv 2403.06764"):
         assert expected in text

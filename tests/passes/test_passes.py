@@ -36,6 +36,11 @@ def test_cut_visual(model, layer):
     check_pass(model, [CutVisual(layer)], Masks(cut_from=layer))
 
 
+@pytest.mark.parametrize(("last", "layer"), [(1, 3), (4, 0), (0.5, 2)])
+def test_the_last_layers_are_cut(mha, last, layer):
+    check_pass(mha, [CutVisual(last=last)], Masks(cut_from=layer), [{}])
+
+
 @pytest.mark.parametrize(
     "kept",
     [
@@ -215,6 +220,9 @@ REFUSED = {
     "cut-visual{from_layer=-1}": "0 or more",
     "cut-visual{from_layer=1.5}": "layer number",
     "cut-visual{from_layer=true}": "layer number",
+    "cut-visual{from_layer=1,last=1}": "either from_layer or last",
+    "cut-visual{last=-1}": "a number of layers, 0 or more",
+    "cut-visual{last=5}": "the model has 4 layers",
     "drop-visual-heads": "give one of keep, alpha and mask",
     "drop-visual-heads{keep=5}": "4 heads",
     "drop-visual-heads{keep=-1}": "0 or more",
@@ -225,7 +233,7 @@ REFUSED = {
     "drop-visual-neurons{keep=0}": "above 0",
     "drop-visual-neurons{keep=1.5}": "at most 1",
     "drop-visual-neurons{keep=0.001}": "at least 1",
-    "drop-visual-neurons{select=best}": "prefix, random, magnitude",
+    "drop-visual-neurons{select=best}": "prefix, random, magnitude, activity",
     "drop-visual-neurons{seed=-1}": "2**31",
     "fastv{layer=0}": "1 or more",
     "fastv{layer=4}": "1 to 3",

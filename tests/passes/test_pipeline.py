@@ -44,7 +44,8 @@ def test_any_text_is_a_pipeline_or_one_pass_error(text):
     [
         ("no-such-pass", "there is no pass 'no-such-pass'; there are: cut-visual"),
         ("fastv{depth=2}", "fastv has no option 'depth'; it has: layer, keep"),
-        ("cut-visual", "needs the option 'from_layer', as in cut-visual{from_layer=...}"),
+        ("neighbor-attention", "needs the option 'radius', as in neighbor-attention{radius=...}"),
+        ("cut-visual", "give either from_layer or last"),
         ("fastv{layer=2", "column 6: the brace opened here is not closed"),
         ("fastv{layer}", "not of the form field=value"),
         ("fastv{layer=}", "layer of fastv has no value"),
