@@ -47,6 +47,7 @@ def test_passes_and_their_options():
             "rho": "mass",
             "average": False,
             "stats": None,
+            "renorm": True,
         },
         "drop-visual-neurons": {"keep": 0.5, "select": "prefix", "seed": 0, "from_layer": 0, "stats": None},
         "fastv": {"layer": 2, "keep": 0.5},

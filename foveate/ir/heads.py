@@ -89,9 +89,11 @@ def _runs(wanted: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
+def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan, renorm: bool = True) -> None:
     """Rewrite one layer of a split prefill graph so that visual tokens have the plan's heads only.
 
+    renorm: in dropped heads text has a softmax over text keys alone; otherwise visual keys still take their share of
+    attention, which is worth nothing: their values are zero.
     Raises PassError where heads are dropped already, or a selection needs a head that would go.
     """
     text, *more = attentions(edit.graph, layer, "text")
@@ -102,7 +104,7 @@ def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
         raise PassError(f"{edit.by}: a selection reads layer {layer}'s attention; keep at least one head there")
     _order_weights(edit, layer, plan)
     if plan.kept:
-        _slice_projections(edit, layer, plan)
+        _slice_projections(edit, layer, plan, renorm)
         for node in attentions(edit.graph, layer, "visual"):
             old = taken_apart(node)
             with edit.before(node):
@@ -115,8 +117,8 @@ def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
                 keys = _kept_keys(edit, keys, plan, row)
             edit.set_args(row, (q, keys, *rest))
     else:
-        _remove_visual(edit, layer)
-    _split_text(edit, text, plan)
+        _remove_visual(edit, layer, renorm)
+    _split_text(edit, text, plan, renorm)
     edit.refresh(layer)
 
 
@@ -141,9 +143,11 @@ def _order_weights(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
             permute(edit.program, _linears(edit, layer, part, "text")[0], expand_order(order, size), dim)
 
 
-def _slice_projections(edit: Rewriter, layer: int, plan: HeadPlan) -> None:
+def _slice_projections(edit: Rewriter, layer: int, plan: HeadPlan, renorm: bool) -> None:
     size = edit.program.info.head_dim
-    for part, heads, dim in (("q", plan.kept, 0), ("k", plan.kv, 0), ("v", plan.kv, 0), ("o", plan.kept, 1)):
+    # Without renormalising every key is needed; values follow, because the cache holds as many of both.
+    keys = plan.kv if renorm else edit.program.info.kv_heads
+    for part, heads, dim in (("q", plan.kept, 0), ("k", keys, 0), ("v", keys, 0), ("o", plan.kept, 1)):
         for linear in _linears(edit, layer, part, "visual"):
             slice_weight(edit, linear, dim, heads * size)
             for user in list(linear.users) if dim == 0 else []:
@@ -157,8 +161,8 @@ def _kept_keys(edit: Rewriter, keys: Sequence[fx.Node], plan: HeadPlan, reader: 
     return [heads_for(edit, key, plan.kept_kv, _about(edit, reader)) for key in keys]
 
 
-def _split_text(edit: Rewriter, node: fx.Node, plan: HeadPlan) -> None:
-    """Kept heads see both streams, dropped heads see text alone."""
+def _split_text(edit: Rewriter, node: fx.Node, plan: HeadPlan, renorm: bool) -> None:
+    """Kept heads see both streams, dropped heads see text alone, or visual keys without values."""
     old, about = Attention.of(node), _about(edit, node)
     (q,) = old.q
     with edit.before(node):
@@ -168,15 +172,17 @@ def _split_text(edit: Rewriter, node: fx.Node, plan: HeadPlan) -> None:
             k, v = (_kept_keys(edit, xs, plan, node) for xs in (old.k, old.v))
             parts.append(edit.call(ops.attention, *replace(old, q=[query], k=k, v=v).args, about=about))
             q = edit.call(aten.slice.Tensor, q, 1, plan.kept, len(plan.order), about=about)
-        blind = old.without_visual()
+        blind = old.without_visual() if renorm else replace(old, v=[old.k[0], *old.v[1:]])
         k, v = ([heads_for(edit, x, plan.dropped_kv, about) for x in xs] for xs in (blind.k, blind.v))
+        if not renorm:
+            v[0] = edit.call(aten.mul.Tensor, k[0], 0.0, about=about)
         parts.append(edit.call(ops.attention, *replace(blind, q=[q], k=k, v=v).args, about=about))
         joined = parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, 2, about=about)
     edit.replace(node, joined)
 
 
-def _remove_visual(edit: Rewriter, layer: int) -> None:
-    """No head is left: the residual stream passes the attention by, and the layer keeps no visual keys."""
+def _remove_visual(edit: Rewriter, layer: int, renorm: bool) -> None:
+    """No head is left: the residual stream passes the attention by; no visual keys are kept, if none are needed."""
     for linear in _linears(edit, layer, "o", "visual"):
         for add in list(linear.users):
             if add.target != aten.add.Tensor:
@@ -187,6 +193,8 @@ def _remove_visual(edit: Rewriter, layer: int) -> None:
                 # What is left of a projection of nothing is its bias.
                 new = edit.call(aten.add.Tensor, residual, bias[0], about=_about(edit, add)) if bias else residual
             edit.replace(add, new)
+    if not renorm:
+        return
     result = dict(outputs(edit.graph))
     entries = list(result["kv"])
     entries[layer] = [None, None, *entries[layer][2:]]

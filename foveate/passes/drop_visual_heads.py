@@ -8,7 +8,8 @@
 Heads are reordered so that the kept ones stand in front, which does not change the function. In a dropped head text
 attends to text alone, with a softmax over text keys ("renormalised"); a key head of a group goes only when all its
 query heads go. An approximation: YOPO (arXiv 2410.06169, section 3.3), which drops the heads that calibration finds
-idle; its code keeps those whose mass ratio is above alpha in more than 40 of 100 samples.
+idle; its code keeps those whose mass ratio is above alpha in more than 40 of 100 samples. Its code also does not
+renormalise: in a dropped head it sets text's attention to visual keys to zero behind the softmax (`renorm=false`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class DropVisualHeads(Pass):
     the samples, or `weight-norm`, the Frobenius norm of each head's value-output product (default: activity where
     there are statistics). rho: what activity is, `mass` (attention to visual over attention to text keys, YOPO's
     code) or `output` (norm of the head's output at visual over that at text tokens, its text). stats: the statistics,
-    made by `foveate calibrate`. Layers before `from_layer` keep every head; YOPO exempts the first two.
+    made by `foveate calibrate`. renorm: false for the arithmetic of YOPO's checkpoints, which removes less: visual keys
+    and values stay. Layers before `from_layer` keep every head; YOPO exempts the first two.
     """
 
     name: ClassVar[str] = "drop-visual-heads"
@@ -55,6 +57,7 @@ class DropVisualHeads(Pass):
     rho: Literal["mass", "output"] = "mass"
     average: bool = False
     stats: str | None = None
+    renorm: bool = True
 
     def __post_init__(self) -> None:
         for name in ("mask", "scores"):
@@ -67,7 +70,8 @@ class DropVisualHeads(Pass):
         self.require(self.alpha is None or (number(self.alpha) and self.alpha >= 0), "alpha", "a ratio, 0 or more")
         self.require(number(self.vote) and 0 <= self.vote < 1, "vote", "a share of the samples, 0 to below 1")
         self.require(self.rho in RHO, "rho", ", ".join(RHO))
-        self.require(isinstance(self.average, bool), "average", "true, false")
+        for option in ("average", "renorm"):
+            self.require(isinstance(getattr(self, option), bool), option, "true, false")
         self.require(self.stats is None or isinstance(self.stats, str), "stats", "a file made by `foveate calibrate`")
         self._require_use()
         self.require(whole(self.from_layer) and self.from_layer >= 0, "from_layer", "a layer number, 0 or more")
@@ -92,7 +96,7 @@ class DropVisualHeads(Pass):
                 if self.mask is not None and not all(keep):
                     yield f"layer {layer} keeps every head, whatever the mask says: from_layer={self.from_layer}"
             elif not all(keep) and any(map(looks_at_visual, attentions(edit.graph, layer, "text"))):
-                drop_heads(edit, layer, plan_heads(keep, edit.program.info.kv_heads))
+                drop_heads(edit, layer, plan_heads(keep, edit.program.info.kv_heads), self.renorm)
                 done.append(layer)
         if not done:
             raise Skipped(f"no visible layer from {self.from_layer} on has a head to drop")

@@ -27,6 +27,7 @@ PIPELINES = (
     "cut-visual{from_layer=0}",
     "drop-visual-heads{keep=2,from_layer=0}",
     "drop-visual-heads{keep=0,from_layer=1}",
+    "drop-visual-heads{keep=2,from_layer=0,renorm=false}",
     "drop-visual-neurons{keep=0.5}",
     "fastv{layer=1,keep=0.5}",
     "random-prune{layer=1,keep=0.29,seed=3}",

@@ -8,7 +8,7 @@ Sources of the semantics:
 
 - late layers without visual tokens: YOPO, arXiv 2410.06169 (layer drop), with the softmax renormalised
   over the text keys as in VTW, arXiv 2405.05803;
-- heads dropped for visual tokens: YOPO (non-active heads), renormalised in the same way;
+- heads dropped for visual tokens: YOPO (non-active heads), renormalised in the same way, or not, as in its code;
 - neurons dropped for visual tokens: YOPO (sparse FFN projection);
 - visual tokens that see their neighbours in the image only: YOPO (neighbor-aware visual attention), in which
   the visual block of the mask is overwritten, so that a token may see later ones;
@@ -74,7 +74,8 @@ class Masks:
 
     - `cut_from`: text queries in layers >= `cut_from` see text keys only.
     - `heads`: bool [L, H], True = kept. In a dropped head text queries see text keys only, and the
-      head's output is zero on visual rows.
+      head's output is zero on visual rows. Without `renorm` the softmax of text queries is over every key, and what
+      they then pay to visual keys is set to zero.
     - `neurons`: bool [L, intermediate], True = kept for visual rows.
     - `prunes`: visual tokens removed as keys, for every query, from a layer on.
     - `neighbors`: visual queries look at their surroundings only.
@@ -84,6 +85,7 @@ class Masks:
 
     cut_from: int | None = None
     heads: Tensor | None = None
+    renorm: bool = True
     neurons: Tensor | None = None
     prunes: tuple[Prune, ...] = ()
     neighbors: Neighbors | None = None
@@ -221,7 +223,11 @@ class _Run:
         visible = self._visible(layer, heads=logits.shape[1])
         # Not -inf: a padded or pruned query may see nothing at all. No one reads its row, but the nan
         # of an empty softmax would spread through the values.
-        return logits.float().masked_fill(~visible, torch.finfo(torch.float32).min).softmax(dim=-1)
+        weights = logits.float().masked_fill(~visible, torch.finfo(torch.float32).min).softmax(dim=-1)
+        if self.masks.heads is None or self.masks.renorm:
+            return weights
+        dropped = ~self.masks.heads[layer].to(weights.device)
+        return weights.masked_fill(dropped[None, :, None, None] & self.tokens.visual[:, None, None, :], 0)
 
     def _visible(self, layer: int, heads: int) -> Tensor:
         """Which query sees which key: bool [B, H, S, S]."""
@@ -238,7 +244,7 @@ class _Run:
         text_to_visual = self.text[:, :, None] & self.tokens.visual[:, None, :]
         without_visual = everything & ~text_to_visual[:, None]
         sees_visual = torch.ones(heads, dtype=torch.bool, device=self.text.device)
-        if self.masks.heads is not None:
+        if self.masks.heads is not None and self.masks.renorm:
             sees_visual = self.masks.heads[layer].to(self.text.device)
         if self.masks.cut_from is not None and layer >= self.masks.cut_from:
             sees_visual = torch.zeros_like(sees_visual)

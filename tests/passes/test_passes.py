@@ -56,6 +56,25 @@ def test_drop_visual_heads_by_mask(model, kept):
     check_pass(model, [DropVisualHeads(mask=mask, from_layer=0)], Masks(heads=mask))
 
 
+@pytest.mark.parametrize("kept", [(ALL, ALL, {0, 2}, {1, 2, 3}), ({1}, ALL, set(), {0})], ids=["some", "none-left"])
+def test_drop_visual_heads_without_renormalising(gqa, kept):
+    mask = heads(*kept)
+    one = DropVisualHeads(mask=mask, from_layer=0, renorm=False)
+    check_pass(
+        gqa, [one], Masks(heads=mask, renorm=False), [{}, {"batch": 3, "images_per_row": [2, 0, 1], "padding": "left"}]
+    )
+    with pytest.raises(AssertionError, match="differ from the oracle"):
+        check_pass(gqa, [one], Masks(heads=mask), [{}])
+
+
+def test_other_passes_after_heads_dropped_without_renormalising(mha):
+    mask = heads(ALL, {0, 3}, {1, 2}, {1})
+    passes = [DropVisualHeads(mask=mask, from_layer=0, renorm=False), FastV(2, 0.5), CutVisual(3)]
+    check_pass(
+        mha, passes, Masks(heads=mask, renorm=False, prunes=(Prune(2, 0.5, "fastv"),), cut_from=3), [{}, {"batch": 2}]
+    )
+
+
 def test_drop_visual_heads_by_given_scores_keeps_the_best_and_the_lower_index_in_a_tie(model):
     scores = [[0.1, 0.4, 0.4, 0.2]] * LAYERS
     check_pass(model, [DropVisualHeads(keep=2, scores=scores)], Masks(heads=heads(ALL, ALL, {1, 2}, {1, 2})))
