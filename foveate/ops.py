@@ -42,6 +42,7 @@ LIBRARY.define(
     " int distances, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define("activity(Tensor x, Tensor order) -> Tensor")
+LIBRARY.define("divergence(Tensor logits, Tensor other) -> Tensor")
 
 attention = torch.ops.foveate.attention.default
 """Causal attention of one or more query streams over one or more key streams.
@@ -114,6 +115,9 @@ nowhere. Returns, all fp32,
 
 activity = torch.ops.foveate.activity.default
 """Mean absolute value over tokens that are not padding: x [B, n, m], order [B, n] -> fp32 [B, m], 0 without tokens."""
+
+divergence = torch.ops.foveate.divergence.default
+"""KL(p || q) in nats of the distributions that logits [B, 1, V] and other logits [B, 1, V] stand for -> fp32 [B]."""
 
 
 @torch.library.register_fake("foveate::attention", lib=LIBRARY)
@@ -202,6 +206,11 @@ def _attention_statistics(
 @torch.library.register_fake("foveate::activity", lib=LIBRARY)
 def _activity(x: Tensor, order: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
+
+
+@torch.library.register_fake("foveate::divergence", lib=LIBRARY)
+def _divergence(logits: Tensor, other: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
 def attention_pairs(queries: Sequence[int], keys: Sequence[int], layout: str, prefix: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from tests.ir.programs import traced
 from tests.ir.test_observe import brute_force
 from tests.small_digits import small_digits
 
-TENSORS = ("mass", "output", "text_to_visual", "by_distance", "pairs", "neurons")
+TENSORS = ("mass", "output", "text_to_visual", "by_distance", "pairs", "neurons", "cut_kl")
 
 
 def examples() -> list[Example]:
@@ -63,6 +63,7 @@ def test_statistics_are_those_of_eager_attention(counted: Statistics) -> None:
         near(counted.text_to_visual[layer], [row["mass"][0, :, 1, 1] / later for row, later in rows])
         near(counted.by_distance[layer], [row["by_distance"][0] for row, _ in rows])
         near(counted.neurons[layer], [row["neurons"][0] for row, _ in rows])
+        near(counted.cut_kl[layer], [row["cut_kl"][0] for row, _ in rows])
         near(counted.pairs, [row["pairs"][0] for row, _ in rows])
     assert (counted.text_to_visual / counted.samples < 1).all()
 
@@ -140,7 +141,7 @@ def test_examples_that_do_not_fit_are_named() -> None:
 
 def test_values_that_are_not_finite_are_refused(counted: Statistics) -> None:
     layers, heads = counted.mass.shape[1:]
-    sizes = ((1, heads, 2, 3), (1, heads, 2), (1, heads, 3), (1, 3), (1, 5))
+    sizes = ((1, heads, 2, 3), (1, heads, 2), (1, heads, 3), (1, 3), (1, 5), (1,))
     values = [[torch.ones(size) for size in sizes] for _ in range(layers)]
     values[1][4][0, 2] = float("inf")
     with pytest.raises(InputError, match="sample 6: neurons of layer 1 is not finite"):
@@ -151,7 +152,7 @@ def test_votes_are_strict_in_both_numbers() -> None:
     model = {"family": "x", "layers": 1, "heads": 3}
     mass = torch.tensor([[0.2, 0.2, 0.1], [0.2, 0.2, 0.1], [0.2, 0.0, 0.1], [0.0, 0.0, 0.1], [0.0, 0.0, 0.1]])
     empty = torch.zeros(0)
-    found = Statistics(model, mass[:, None], mass[:, None], empty, empty, empty, empty)
+    found = Statistics(model, mass[:, None], mass[:, None], empty, empty, empty, empty, empty)
     assert found.active(0.1, 0.4).tolist() == [[True, False, False]]  # 3 of 5; 2 of 5 is not more than 40%
     assert found.active(0.0, 0.4).tolist() == [[True, False, True]]
 

@@ -36,7 +36,7 @@ def test_passes_and_their_options():
         for name, cls in foveate.passes.PASSES.items()
     }
     assert options == {
-        "cut-visual": {"from_layer": None, "last": None},
+        "cut-visual": {"from_layer": None, "last": None, "eta": 0.003, "stats": None},
         "drop-visual-heads": {
             "keep": None,
             "mask": None,

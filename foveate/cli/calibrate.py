@@ -43,13 +43,15 @@ def command(model: str, data: str, output: str, samples: int, batch: int, resume
             loaded.model, processor, examples, batch=batch, name=model, output=path, resume=resume, tick=out.tick
         )
         layers = _layers(found)
-        shown = table(None, "layer", "active heads", "text to image", left=0)
+        shown = table(None, "layer", "active heads", "text to image", "cut here", left=0)
         for layer, row in enumerate(layers):
-            shown.add_row(str(layer), str(row["active_heads"]), f"{row['text_to_visual']:.1%}")
+            cells = str(row["active_heads"]), f"{row['text_to_visual']:.1%}", f"{row['cut_kl']:.2g}"
+            shown.add_row(str(layer), *cells)
         out.say(
             shown,
             f"active: mass ratio above {ALPHA} in more than 40% of {found.samples} samples; text to image: share of "
-            "attention that a text token behind the image pays to it",
+            "attention that a text token behind the image pays to it; cut here: KL divergence of the first output "
+            "token if text sees text only from that layer on",
         )
         out.line(f"saved in {output}")
         out.finish({"output": output, "model": model, "data": data, "samples": found.samples, "layers": layers})
@@ -58,4 +60,6 @@ def command(model: str, data: str, output: str, samples: int, batch: int, resume
 def _layers(found: Any) -> list[dict[str, Any]]:
     active = found.active(ALPHA).sum(1).tolist()
     shares = (found.text_to_visual / found.samples).mean(1).tolist()
-    return [{"active_heads": a, "text_to_visual": s} for a, s in zip(active, shares, strict=True)]
+    cuts = (found.cut_kl / found.samples).tolist()
+    names = ("active_heads", "text_to_visual", "cut_kl")
+    return [dict(zip(names, row, strict=True)) for row in zip(active, shares, cuts, strict=True)]

@@ -4,6 +4,8 @@
     a.visual = attention(q.visual; both)       the same, and
     a.text   = attention(q.text; both)         mass, norms, by_distance, pairs = attention_statistics(both; both)
     y.visual = down(x.visual)                  the same, and neurons = activity(x.visual)
+    logits                                     the same, and for each layer what they are if text is blind from there
+                                               on: cut_kl = divergence(logits of a text-only copy of the rest, logits)
 
 Nothing else changes, so that logits are the model's own, and no value has an entry for each pair of tokens.
 """
@@ -18,11 +20,11 @@ from torch import fx
 from foveate import ops
 from foveate.errors import TraceError
 from foveate.ir.attention import Attention, attentions
-from foveate.ir.program import ModelInfo, NodeInfo, Program, args_of, outputs
-from foveate.ir.rewriter import Rewriter, nodes_of
+from foveate.ir.program import ModelInfo, NodeInfo, Program, args_of, info, outputs
+from foveate.ir.rewriter import Rewriter, map_arg, nodes_of
 from foveate.ir.select import coords_at
 
-OBSERVERS = ("mass", "norms", "by_distance", "pairs", "neurons")
+OBSERVERS = ("mass", "norms", "by_distance", "pairs", "neurons", "cut_kl")
 """Values observed in a layer, in the order of the `statistics` output; see `foveate.ops` for their shapes."""
 
 
@@ -40,7 +42,10 @@ def observe(program: Program) -> Program:
     """
     copy = program.copy()
     edit = Rewriter(copy, copy.prefill, by="observe")
+    dense = list(edit.graph.nodes)
     found = [_observe_layer(edit, layer) for layer in range(copy.info.layers)]
+    for layer, values in enumerate(found):
+        values.append(_observe_cut(edit, dense, layer))
     edit.output({**outputs(edit.graph), "statistics": found})
     edit.sweep()
     return copy
@@ -75,6 +80,23 @@ def _observe_layer(edit: Rewriter, layer: int) -> list[fx.Node]:
     with edit.after(down[0]):
         neurons = edit.call(ops.activity, args_of(down[0])[0], order, about=about.with_(origin=(down[0].name,)))
     return [*items, neurons]
+
+
+def _observe_cut(edit: Rewriter, dense: list[fx.Node], layer: int) -> fx.Node:
+    """How far the prediction moves when text sees text only from `layer` on (VTW, arXiv 2405.05803)."""
+    blind: dict[fx.Node, fx.Node] = {}
+    logits = outputs(edit.graph)["logits"]
+    with edit.before(edit.graph.output_node()):
+        for node in dense:
+            # Text reads nothing of the visual stream from here on, so that stream needs no copy.
+            if node.op != "call_function" or info(node).stream == "visual":
+                continue
+            cut = node.target == ops.attention and info(node).layer >= layer
+            if cut or any(source in blind for source in node.all_input_nodes):
+                args = Attention.of(node).without_visual().args if cut else node.args
+                blind[node] = edit.like(node, map_arg(args, lambda n: blind.get(n, n)))
+        about = NodeInfo(layer, "statistics", "none", "observe", (logits.name,))
+        return edit.call(ops.divergence, blind[logits], logits, about=about)
 
 
 def only_statistics(program: Program) -> fx.Graph:

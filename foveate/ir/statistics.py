@@ -37,7 +37,8 @@ class Statistics:
     tokens, over that at text tokens (YOPO's paper, which does not say how the vectors become numbers).
     text_to_visual: float64 [L, H], sum of the share of attention that a text token after the image pays to it.
     by_distance: float64 [L, H, D], sum of attention between visual tokens of an image by distance; pairs: float64 [D],
-    how many pairs were that far apart. neurons: float64 [L, m], sum of mean |activation| over visual tokens.
+    how many pairs were that far apart. neurons: float64 [L, m], sum of mean |activation| over visual tokens. cut_kl:
+    float64 [L], sum of KL(without || with) of the first output token if text sees text only from that layer on.
     model: what of the model's shape matters. source: where the samples came from.
     """
 
@@ -48,6 +49,7 @@ class Statistics:
     by_distance: Tensor
     pairs: Tensor
     neurons: Tensor
+    cut_kl: Tensor
     source: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -93,6 +95,7 @@ class Statistics:
             by_distance=_added(self.by_distance, values["by_distance"]),
             pairs=_added(self.pairs, values["pairs"][:, 0]),
             neurons=_added(self.neurons, values["neurons"]),
+            cut_kl=_added(self.cut_kl, values["cut_kl"]),
         )
 
     def activity(self, rho: str = "mass") -> Tensor:
@@ -169,6 +172,7 @@ _DTYPES = {
     "by_distance": torch.float64,
     "pairs": torch.float64,
     "neurons": torch.float64,
+    "cut_kl": torch.float64,
 }
 
 
@@ -185,6 +189,7 @@ def _sizes(model: dict[str, Any], samples: int) -> dict[str, tuple[int, ...]]:
         "by_distance": (layers, heads, far),
         "pairs": (far,),
         "neurons": (layers, int(model["intermediate_size"])),
+        "cut_kl": (layers,),
     }
 
 

@@ -264,6 +264,7 @@ RULES: dict[Any, Rule] = {
     ops.top_tokens: _selection,
     ops.attention_statistics: _counted,
     ops.activity: _counted,
+    ops.divergence: _counted,
     operator.getitem: _same,
     ops.take_tokens: _take,
 }

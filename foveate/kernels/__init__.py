@@ -28,6 +28,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "random_scores": tokens.random_scores,
     "attention_statistics": statistics.attention_statistics,
     "activity": statistics.activity,
+    "divergence": statistics.divergence,
 }
 
 for _name, _implementation in IMPLEMENTATIONS.items():

@@ -109,3 +109,9 @@ def activity(x: Tensor, order: Tensor) -> Tensor:
     """`foveate::activity` row by row."""
     means = [row[places != PAD].double().abs().mean(0) for row, places in zip(x, order, strict=True)]
     return torch.stack(means).nan_to_num().float() if means else x.new_zeros(0, x.shape[2]).float()
+
+
+def divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """`foveate::divergence` from the probabilities."""
+    p, q = (x[:, 0].double().softmax(-1) for x in (logits, other))
+    return (p * (p / q).log()).sum(-1).float()

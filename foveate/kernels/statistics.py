@@ -46,6 +46,12 @@ def activity(x: Tensor, order: Tensor) -> Tensor:
     return _mean(x.float().abs(), order)
 
 
+def divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """`foveate::divergence`; shapes as in `foveate.ops`."""
+    p, q = (x[:, 0].float().log_softmax(-1) for x in (logits, other))
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def _groups(k_order: list[Tensor]) -> Tensor:
     """Which of prefix text, visual and later text a key belongs to: float64 [B, m, 3], all zero for padding."""
     visual, text = k_order

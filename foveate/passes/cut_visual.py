@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import info, outputs
 from foveate.ir.rewriter import Rewriter
-from foveate.passes.base import Pass, Skipped, count_of, first_blind_layer, layers_text
+from foveate.passes.base import Pass, Skipped, count_of, first_blind_layer, layers_text, number
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,30 @@ class CutVisual(Pass):
     """Layers from `from_layer` on see text only; or the `last` ones, as YOPO counts them.
 
     from_layer: 0 (the image is not seen at all) to the number of layers (nothing is cut); 0.5 is half of them. last: a
-    number or share of layers in the same way.
+    number or share of layers in the same way. from_layer=auto: VTW's rule, the first layer at which a cut moves the
+    first output token by a KL divergence of at most `eta`, on average over the samples of the statistics (stats: a file
+    made by `foveate calibrate`). VTW: 0.003 for LLaVA-1.5-7B, 0.0005 for 13B, from layer 5 on.
     """
 
     name: ClassVar[str] = "cut-visual"
     source: ClassVar[str] = "YOPO, arXiv 2410.06169, section 3.4; VTW, arXiv 2405.05803"
 
-    from_layer: int | float | None = None
+    from_layer: int | float | Literal["auto"] | None = None
     last: int | float | None = None
+    eta: float = 0.003
+    stats: str | None = None
 
     def __post_init__(self) -> None:
         if (self.from_layer is None) == (self.last is None):
             raise PassError(f"{self.name}: give either from_layer or last, as in {self.name}{{from_layer=16}}")
+        self.require(number(self.eta) and self.eta >= 0, "eta", "a divergence in nats, 0 or more")
+        self.require(self.stats is None or isinstance(self.stats, str), "stats", "a file made by `foveate calibrate`")
+        if self.stats is not None and self.from_layer != "auto":
+            raise PassError(f"{self.name}: stats has no meaning here; it belongs to from_layer=auto")
+        if self.from_layer == "auto":
+            return
         if self.from_layer is not None:
-            self.require_count_or_share("from_layer", "a layer number")
+            self.require_count_or_share("from_layer", "a layer number, or auto")
         else:
             self.require_count_or_share("last", "a number of layers")
 
@@ -50,6 +60,8 @@ class CutVisual(Pass):
             first = layers - count_of(self.last, layers)
             if first < 0:
                 raise PassError(f"{self.name}: last={self.last}, but the model has {layers} layers")
+        elif self.from_layer == "auto":
+            first = self._chosen(edit)
         else:
             first = self.require_layer(edit.program, "from_layer", end=1)
         already = first_blind_layer(graph)
@@ -74,3 +86,12 @@ class CutVisual(Pass):
         edit.output(result)
         edit.sweep()
         yield f"{layers_text(first, already - 1)}: text sees text only, visual tokens removed"
+
+    def _chosen(self, edit: Rewriter) -> int:
+        """The first layer that VTW's rule allows."""
+        found = self.statistics(edit, self.stats, "from_layer=auto")
+        means = (found.cut_kl / found.samples).tolist()
+        for layer, mean in enumerate(means):
+            if mean <= self.eta:
+                return layer
+        raise Skipped(f"no cut moves the first token by at most eta={self.eta:g}; the least is {min(means):.2g}")

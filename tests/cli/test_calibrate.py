@@ -35,6 +35,7 @@ def test_digits_json(run: Run, folder: Path, tmp_path: Path) -> None:
     for layer, row in enumerate(told["layers"]):
         assert row["active_heads"] == int(found.active(0.1)[layer].sum())
         assert 0 < row["text_to_visual"] < 1
+        assert row["cut_kl"] == float(found.cut_kl[layer] / 3)
 
 
 def test_a_folder_and_json_lines_of_the_same_samples_give_the_same(run: Run, folder: Path, data: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveate.backends.eager import lower
 from foveate.errors import TraceError
@@ -20,6 +21,7 @@ from foveate.ir.text import parse_graphs
 from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs
 from tests.ir.programs import FFN, HEADS, LAYERS, copied, model, once, traced
+from tests.oracle.masked import Masks, masked_forward
 
 PROMPTS: tuple[dict[str, Any], ...] = (
     {},
@@ -64,10 +66,13 @@ def brute_force(source: Any, inputs: dict[str, Tensor]) -> list[dict[str, Tensor
     positions = (real.cumsum(1) - 1).clamp(min=0)
     with eager(source) as seen, torch.no_grad():
         out = source(**inputs, position_ids=positions, output_attentions=True, use_cache=False)
+    attended = {name: list(values) for name, values in seen.items()}
     side = math.isqrt(source.config.image_seq_length)
     distances = round(math.hypot(side - 1, side - 1)) + 1
+    full = masked_forward(source, inputs).logits.log_softmax(-1)
+    cuts = [masked_forward(source, inputs, Masks(cut_from=layer)).logits for layer in range(len(out.attentions))]
     results = []
-    for weights, outs, neurons in zip(out.attentions, seen["o"], seen["down"], strict=True):
+    for weights, outs, neurons in zip(out.attentions, attended["o"], attended["down"], strict=True):
         batch, heads = weights.shape[:2]
         found = {
             "mass": torch.zeros(batch, heads, 2, 3),
@@ -75,6 +80,7 @@ def brute_force(source: Any, inputs: dict[str, Tensor]) -> list[dict[str, Tensor
             "by_distance": torch.zeros(batch, heads, distances),
             "pairs": torch.zeros(batch, distances),
             "neurons": torch.zeros(batch, neurons.shape[-1]),
+            "cut_kl": F.kl_div(full, cuts[len(results)].log_softmax(-1), reduction="none", log_target=True).sum(-1),
         }
         for b in range(batch):
             visual = real[b] & (ids[b] == source.config.image_token_id)
@@ -124,7 +130,7 @@ def test_an_observed_program_is_valid_and_survives_its_text() -> None:
     assert parse_graphs(program, program.to_text("prefill"))["prefill"].nodes
     sizes = [tuple(n.meta["val"].shape)[1:] for n in program.prefill.output_node().args[0]["statistics"][0]]
     far = distances_of(program.info)
-    assert sizes == [(HEADS, 2, 3), (HEADS, 2), (HEADS, far), (far,), (FFN,)]
+    assert sizes == [(HEADS, 2, 3), (HEADS, 2), (HEADS, far), (far,), (FFN,), ()]
 
 
 def test_a_graph_whose_last_layer_was_shortened_is_refused() -> None:

@@ -132,6 +132,13 @@ def test_no_value_is_as_large_as_all_pairs() -> None:
     assert sizes[1] < 32**4 / 2
 
 
+def test_divergence_equals_the_reference_and_is_none_from_itself() -> None:
+    p, q = torch.randn(2, 3, 1, 7, generator=torch.Generator().manual_seed(2)) * 5
+    torch.testing.assert_close(ops.divergence(p, q), reference.divergence(p, q), rtol=1e-5, atol=1e-6)
+    assert ops.divergence(p, p).abs().max() == 0
+    assert (ops.divergence(p, q) > 0).all()
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_activity_is_the_mean_over_real_tokens(tokens: int) -> None:
     x = torch.randn(3, tokens, 6, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ import foveate
 from foveate.errors import ArtifactError, FoveateWarning, PassError
 from foveate.ir.statistics import Statistics
 from foveate.models.random import random_inputs
-from foveate.passes import DropVisualHeads, DropVisualNeurons
+from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons
 from tests.oracle.masked import Masks
 from tests.passes.check import PROMPTS, check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
@@ -94,6 +94,22 @@ def test_on_average_over_layers_the_most_active_heads_stay(
 def test_neurons_by_activity(mha: Any, found: Statistics, file: str) -> None:
     mask = torch.stack([best(row, FFN // 4) for row in found.neurons])
     check_pass(mha, [DropVisualNeurons(0.25, select="activity", stats=file)], Masks(neurons=mask), FEW)
+
+
+def test_the_first_layer_whose_cut_moves_the_prediction_little_enough(mha: Any, found: Statistics, file: str) -> None:
+    found = replace(found, cut_kl=SAMPLES * torch.tensor([0.5, 0.004, 0.002, 0.0], dtype=torch.float64))
+    found.save(Path(file))
+    check_pass(mha, [CutVisual("auto", stats=file)], Masks(cut_from=2), [{}])
+    assert foveate.optimize(mha, "cut-visual{from_layer=auto,eta=0.004}", found).report()
+    for text, first in (("{from_layer=auto,eta=0.004}", 1), ("{from_layer=auto,eta=1e-3}", 3)):
+        note = foveate.optimize(mha, f"cut-visual{text}", found).program.passes[0].notes[0]
+        assert f"layer{'s' if first < 3 else ''} {first}" in note
+    with pytest.warns(FoveateWarning, match="no cut moves the first token by at most eta=0; the least is 0.1"):
+        foveate.optimize(mha, "cut-visual{from_layer=auto,eta=0}", replace(found, cut_kl=found.cut_kl + 0.5))
+    with pytest.raises(PassError, match="it belongs to from_layer=auto"):
+        CutVisual(2, stats=file)
+    with pytest.raises(PassError, match="from_layer=auto needs statistics"):
+        optimize(mha, [CutVisual("auto")])
 
 
 def test_a_pipeline_s_calibration_is_used_where_a_pass_has_no_file_of_its_own(
