@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -40,12 +41,15 @@ Contenders = dict[str, Callable[[], Tensor]]
 
 
 def medians(contenders: Contenders, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each, all called in turn, round by round: processor time and wall clock."""
+    """Milliseconds of each, processor time and wall clock; all take turns, in a new order each round."""
+    names, order = list(contenders), random.Random(0)
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for turn in range(-1, rounds):
-        for name, call in contenders.items():
+        # What ran before leaves its mark on the caches and the allocator.
+        order.shuffle(names)
+        for name in names:
             begin = time.process_time(), time.perf_counter()
-            call()
+            contenders[name]()
             done = time.process_time(), time.perf_counter()
             if turn >= 0:  # The first round fills the caches.
                 spent[name].append((done[0] - begin[0], done[1] - begin[1]))
@@ -152,8 +156,9 @@ def to_markdown(result: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/neighbor_attention.py`: {about['cpu']}, 1 thread, torch {about['torch']}; "
         f"{result['heads']} heads of {result['size']}, square images, Chebyshev windows. Medians of {result['rounds']} "
-        "rounds in which all take turns. Figures are speed-ups by processor time, which busy neighbours disturb least, "
-        "over `scaled_dot_product_attention(is_causal=True)` of the same run and layout; *wall*: by the wall clock.",
+        "rounds in which all take turns in random order. Figures are speed-ups by processor time, which busy "
+        "neighbours disturb least, over `scaled_dot_product_attention(is_causal=True)` of the same run and layout; "
+        "*wall*: by the wall clock.",
     ]
     flex = any("flex" in row["times"] for row in rows)
     for causal in (True, False):

@@ -63,8 +63,8 @@ class Call:
     causal: bool
 
     def laid(self, grid: Grid) -> tuple[int, int]:
-        """Height and width as the forms see them: where only the order counts, an image is one column of tokens."""
-        return (grid.tokens, 1) if self.metric == "raster" else (grid.height, grid.width)
+        """Height and width as the forms see them: a single row, or any image where only order counts, is one column."""
+        return (grid.tokens, 1) if self.metric == "raster" or grid.height == 1 else (grid.height, grid.width)
 
     def filled(self, grids: Grids | None) -> bool:
         """Is every token of an image? Tokens behind the last image of their batch row are padding."""

@@ -163,6 +163,14 @@ def test_the_reference_without_a_window_is_causal_attention() -> None:
     torch.testing.assert_close(x.expected(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_single_row_is_cut_like_a_single_column() -> None:
+    x = case([[(3, 1, 300)]], 200, causal=False)
+    call, grids = x.described()
+    assert {block.stop - block.start for block in layouts.blocks(call, grids, 64)} == {64, 300 % 64}
+    x.check(by_blocks(x, 64))
+    x.check(by_tiles(x, 64, 1))
+
+
 @pytest.mark.parametrize("promised", [True, False])
 def test_no_mask_covers_more_than_a_block_of_queries(promised: bool) -> None:
     x = case([[(3, 40, 30)]], 2)
