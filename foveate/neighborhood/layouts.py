@@ -12,7 +12,10 @@ LANES = 16
 """Elements of a vector: softmaxes run one by one over the keys behind the last whole vector."""
 
 CHUNK = 2**18
-"""So many elements of keys are gathered at once: they are used while they are still in the cache."""
+"""So many elements of keys a CPU thread gathers at once: they are used while they are still in its cache."""
+
+CHUNK_ON_GPU = 2**26
+"""The same on a GPU, which needs much work a launch."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def _of_image(call: Call, grid: Grid, size: int) -> Iterator[Block]:
 class Tiles:
     """`count` tiles of `rows` x `columns` queries, with `span` x `reach` keys around them and up to `text` text keys.
 
-    The former begin `above` rows over the tile and `aside` columns left of it. `step` tiles are done at once.
+    The former begin `above` rows over the tile and `aside` columns left of it. `step` tiles are a chunk.
     """
 
     count: int
@@ -120,5 +123,6 @@ def tiles(call: Call, grids: Grids, rows: int, columns: int) -> Tiles:
     text = max(grid.text for grid in grids)
     if (left_over := (span * reach + text) % LANES) > LANES // 4:
         text += LANES - left_over
-    step = max(1, CHUNK // ((span * reach + text) * call.kv_heads * call.size))
+    chunk = CHUNK if call.device == "cpu" else CHUNK_ON_GPU
+    step = max(1, chunk // ((span * reach + text) * call.kv_heads * call.size))
     return Tiles(count, rows, columns, above, span, aside, reach, text, step)

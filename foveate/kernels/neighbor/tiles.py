@@ -39,8 +39,10 @@ def attend(x: Inputs, call: Call, grids: Grids | None, tiles: Tiles) -> Tensor:
     tables = _tables(call, grids, tiles, x.q.device)
     queries, keys, values = _rows(x.q), _rows(*x.k), _rows(*x.v)
     out = (queries.new_empty if call.filled(grids) else queries.new_zeros)(len(queries) + 1, queries.shape[1])
-    for start in range(0, tiles.count, tiles.step):
-        part = slice(start, start + tiles.step)
+    # Each thread has a cache of its own.
+    step = tiles.step * torch.get_num_threads()
+    for start in range(0, tiles.count, step):
+        part = slice(start, start + step)
         some = scaled_dot_product_attention(
             _gathered(queries, tables.queries[part], call),
             _gathered(keys, tables.keys[part], call),
