@@ -69,16 +69,16 @@ def calibrate(
     with the number of examples but for two floats a head and example. Raises InputError for an example that does not
     fit the model, FoveateError subclasses otherwise.
     """
-    family_of(model)
+    about = family_of(model).describe(model.config)
     check_runs(model.config.model_type)
+    found = Statistics.empty(about, {"model": name, "batch": batch})
+    if output is not None:
+        found = _begin(found, examples, output, resume)
     joint, program = trace_joint(model)
     program.graphs["prefill"] = split(program, joint)
     runner = OptimizedModel(program, model.config, model.generation_config)
     observed = observe(program)
     run = lower(observed, only_statistics(observed), "prefill")
-    found = Statistics.empty(program.info, {"model": name, "batch": batch})
-    if output is not None:
-        found = _begin(found, examples, output, resume)
     saved = found.samples
     for start in range(found.samples, len(examples), batch):
         tick("calibrating", start, len(examples))
