@@ -106,18 +106,18 @@ class DropVisualHeads(Pass):
         mean = sum(counts) / len(counts)
         yield (
             f"{layers_text(min(done), max(done))}: {edit.program.info.heads} -> {mean:g} heads for visual tokens"
-            f"{'' if len(set(counts)) == 1 else ' on average'}, {why}"
+            f"{'' if len(set(counts)) == 1 else ' on average'}{why}"
         )
 
     def _kept(self, edit: Rewriter) -> tuple[list[list[bool]], str]:
-        """Which heads of each layer stay, and why."""
+        """Which heads of each layer stay, and, where statistics say so, a remark on them."""
         model = edit.program.info
         if self.mask is not None:
             _check_shape(self.name, "mask", self.mask, model.layers, model.heads)
-            return [[bool(x) for x in row] for row in self.mask], "by mask"
+            return [[bool(x) for x in row] for row in self.mask], ""
         if self.alpha is not None:
             found = self.statistics(edit, self.stats, f"alpha={self.alpha}")
-            why = f"{self.rho} ratio above {self.alpha:g} in more than {self.vote:.0%} of {found.samples} samples"
+            why = f", {self.rho} ratio above {self.alpha:g} in more than {self.vote:.0%} of {found.samples} samples"
             return found.active(self.alpha, self.vote, self.rho).tolist(), why
         assert self.keep is not None  # __post_init__ saw to it
         count = count_of(self.keep, model.heads)
@@ -137,12 +137,12 @@ class DropVisualHeads(Pass):
         if wanted is None:
             wanted = "weight-norm" if self.stats is None and edit.statistics is None else "activity"
         if wanted == "weight-norm":
-            return weight_norm_scores(edit.program), "largest weight norms"
+            return weight_norm_scores(edit.program), ""
         if wanted == "activity":
             found = self.statistics(edit, self.stats, "scores=activity")
-            return found.activity(self.rho).tolist(), f"largest mean {self.rho} ratio over {found.samples} samples"
+            return found.activity(self.rho).tolist(), f", largest mean {self.rho} ratio over {found.samples} samples"
         _check_shape(self.name, "scores", wanted, model.layers, model.heads)
-        return [list(map(float, row)) for row in wanted], "by given scores"
+        return [list(map(float, row)) for row in wanted], ""
 
 
 def _nested(name: str, option: str, value: Any) -> Any:
