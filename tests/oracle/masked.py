@@ -85,10 +85,10 @@ class Masks:
 
     cut_from: int | None = None
     heads: Tensor | None = None
-    renorm: bool = True
     neurons: Tensor | None = None
     prunes: tuple[Prune, ...] = ()
     neighbors: Neighbors | None = None
+    renorm: bool = True
 
 
 @dataclass(frozen=True)
