@@ -1,25 +1,31 @@
-"""What each pass costs in accuracy at equal prefill FLOPs, on the bundled digits model; see README.md."""
+"""What each strategy costs in accuracy at equal prefill FLOPs, before and after a short fine-tune; see README.md."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import json
-import math
+import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy_page import markdown, plot
+from writing import RESULTS, replace
 
 import foveate
+from foveate.cli.data import DigitExamples
 from foveate.evaluate import evaluate
 from foveate.ir.program import Program
 from foveate.machine import environment
 from foveate.models import digits
 from foveate.report.compare import batch_inputs, token_counts
+from foveate.train import Settings, finetune
 
 TARGETS = (0.75, 0.5, 0.25)
 """Prefill FLOPs over the dense model's."""
@@ -30,26 +36,26 @@ NEAR = 0.03
 LAYERS = (1, 3)
 """Where fastv and random-prune choose: as early as fastv can, which reaches every target, and where it does better."""
 
-FULL = {"lookup": 200, "row": 100, "count": 100}
-QUICK = {"lookup": 8, "row": 4, "count": 4}
+FULL = {"questions": {"lookup": 200, "row": 100, "count": 100}, "steps": 150, "batch": 16}
+QUICK = {"questions": {"lookup": 8, "row": 4, "count": 4}, "steps": 2, "batch": 4}
 SEEDS = {"lookup": 8101, "row": 8102, "count": 8103}
-TITLES = {"lookup": "look-up", "row": "rows", "count": "count"}
-Z = 1.959964
-"""Of a 95% interval."""
-RESULTS = Path(__file__).parent / "results"
+WEIGHTS = {"rate": 1e-3}
+LORA = {"rate": 3e-3, "lora_rank": 16}
+WITH_LORA = "cut-visual{from_layer=3}"
+"""The row that is trained with adapters too."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One pass with one setting left open; the FLOPs grow with the setting."""
+    """A pipeline with one setting left open, where `@` stands; the FLOPs grow with the setting."""
 
     name: str
-    settings: str
+    template: str
     values: tuple[float, ...]
 
     def passes(self, value: float) -> str:
         """The pipeline at one value."""
-        return f"{self.name}{{{self.settings.format(value)}}}"
+        return self.template.replace("@", str(value))
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Choice:
     """A row of the table: a pipeline and its share of the dense prefill's FLOPs; `missed`: targets below its reach."""
 
     name: str
-    settings: str
+    passes: str
     share: float
     least: float = 0.0
     missed: tuple[float, ...] = ()
@@ -68,84 +74,100 @@ Value = tuple[float, tuple[float, ...]]
 """A setting, and the targets that are below the method's reach."""
 
 PERCENTS = tuple(round(0.01 * step, 2) for step in range(1, 100))
+YOPO = "neighbor-attention{radius=2},drop-visual-heads{keep=4,from_layer=2},drop-visual-neurons{keep=0.5}"
 METHODS = (
-    Method("cut-visual", "from_layer={}", tuple(range(1, 10))),
+    Method("cut-visual", "cut-visual{from_layer=@}", tuple(range(1, 10))),
     # Not keep=0: visual tokens that no head looks at are what cut-visual{from_layer=2} leaves.
-    Method("drop-visual-heads", "keep={},from_layer=2", tuple(range(1, 8))),
-    Method("drop-visual-neurons", "keep={}", PERCENTS),
-    Method("drop-visual-neurons", "keep={},select=magnitude", PERCENTS),
-    *(Method(name, f"layer={n},keep={{}}", PERCENTS) for n in LAYERS for name in ("fastv", "random-prune")),
+    Method("drop-visual-heads", "drop-visual-heads{keep=@,from_layer=2}", tuple(range(1, 8))),
+    Method("drop-visual-neurons", "drop-visual-neurons{keep=@}", PERCENTS),
+    Method("neighbor-attention", "neighbor-attention{radius=@}", (2,)),
+    Method("neighbor-attention", "neighbor-attention{radius=@}", (1,)),
+    Method("all four", YOPO + ",cut-visual{from_layer=@}", tuple(range(1, 10))),
+    *(
+        Method(f"{name}, layer {n}", f"{name}{{layer={n},keep=@}}", PERCENTS)
+        for n in LAYERS
+        for name in ("fastv", "random-prune")
+    ),
 )
-TWINS = {"random-prune": "fastv"}
+TWINS = {f"random-prune, layer {n}": f"fastv, layer {n}" for n in LAYERS}
 """Methods that take another's values instead of looking for their own, so that the two compare."""
-BLIND = Method("cut-visual", "from_layer={}", (0,))
+BLIND = "cut-visual{from_layer=0}"
 
 
 def main() -> None:
-    """Choose settings by cost, score them, write JSON and Markdown."""
+    """Choose settings by cost; ask, train and ask again; write JSON, Markdown and a picture after every row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few questions; needs -o")
+    parser.add_argument("--quick", action="store_true", help="a few questions, two steps; needs -o")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at once, one thread each (default: 2)")
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     args = parser.parse_args()
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its figures mean nothing and must not replace the results")
     folder: Path = args.output or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    result = measure(QUICK if args.quick else FULL)
-    table = markdown(result)
-    replace(folder / "accuracy-digits.json", json.dumps(result, indent=2) + "\n")
-    replace(folder / "accuracy-digits.md", table)
-    print(table)
-
-
-def measure(counts: dict[str, int]) -> dict[str, Any]:
-    """All rows; the model is traced once."""
+    size: dict[str, Any] = QUICK if args.quick else FULL
     model, processor = digits.load()
-    program = foveate.trace(model)
-    asked = {task: digits.samples(task=task, n=n, seed=SEEDS[task]) for task, n in counts.items()}
-    dense = foveate.optimize(model, traced=program)
-    text = token_counts(dense, batch_inputs(processor, asked["lookup"][:1]))["text_tokens"]
-    rows = []
-    for choice in choices(model, program, text):
-        passes = f"{choice.name}{{{choice.settings}}}" if choice.settings else ""
-        print(f"{passes or choice.name} ...", file=sys.stderr, flush=True)
-        optimized = foveate.optimize(model, passes, traced=program)
-        scores = {task: evaluate(optimized, processor, samples) for task, samples in asked.items()}
-        rows.append(
-            {
-                "pass": choice.name,
-                "settings": choice.settings,
-                "prefill_flops_share": choice.share,
-                "least_share": choice.least,
-                "out_of_reach": choice.missed,
-                "right": {task: sum(score.right) for task, score in scores.items()},
-                "n": counts,
-                "interval": {task: wilson(sum(score.right), len(score.right)) for task, score in scores.items()},
-            }
-        )
-    about = {**environment(), "threads": torch.get_num_threads()}
-    return {"model": "digits", "text_tokens": text, "seeds": SEEDS, "n": counts, "environment": about, "rows": rows}
+    drawn = digits.samples(task="lookup", n=1, seed=SEEDS["lookup"])
+    text = token_counts(foveate.optimize(model), batch_inputs(processor, drawn))["text_tokens"]
+    found = list(choices(model, foveate.trace(model), text))
+    work = [(choice, WEIGHTS, size) for choice in found]
+    work += [(choice, LORA, size) for choice in found if choice.passes == WITH_LORA]
+    about = {**environment(), "threads": 1, "jobs": args.jobs}
+    result = {"model": "digits", "text_tokens": text, "seeds": SEEDS, **size, "environment": about, "rows": []}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for row in pool.map(measure, *zip(*work, strict=True)):
+            print(f"{row['passes'] or 'dense'}: {row['right']} -> {row['right_trained']}", file=sys.stderr, flush=True)
+            result["rows"].append(row)
+            replace(folder / "accuracy-digits.json", json.dumps(result, indent=2) + "\n")
+            replace(folder / "accuracy-digits.md", markdown(result))
+    plot(result, folder / "accuracy-digits.png")
+    print(markdown(result))
 
 
-def choices(model: Any, program: Program, text: int) -> list[Choice]:
+def measure(choice: Choice, how: dict[str, Any], size: dict[str, Any]) -> dict[str, Any]:
+    """One row: right answers before and after training."""
+    # A model of its own, because training changes the weights that an optimized model shares.
+    model, processor = digits.load()
+    optimized = foveate.optimize(model, choice.passes)
+    asked = {task: digits.samples(task=task, n=n, seed=SEEDS[task]) for task, n in size["questions"].items()}
+
+    def ask() -> dict[str, int]:
+        return {task: sum(evaluate(optimized, processor, samples).right) for task, samples in asked.items()}
+
+    before = ask()
+    settings = Settings(steps=size["steps"], batch=size["batch"], **how)
+    examples = DigitExamples(size["steps"] * size["batch"], settings.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        run = finetune(optimized, processor, examples, settings, Path(folder))
+    return {
+        "name": choice.name,
+        "passes": choice.passes,
+        "prefill_flops_share": choice.share,
+        "least_share": choice.least,
+        "out_of_reach": choice.missed,
+        "right": before,
+        "right_trained": ask(),
+        "training": {**how, **run.to_json()},
+    }
+
+
+def choices(model: Any, program: Program, text: int) -> Iterator[Choice]:
     """The dense model, the blind one, and what each method comes to at each target."""
 
     def flops(passes: str) -> int:
         return foveate.cost(foveate.optimize(model, passes, traced=program).program, text_tokens=text).prefill.flops
 
     whole = flops("")
-    blind = BLIND.passes(0)
-    found = [Choice("dense", "", 1.0), Choice(BLIND.name, BLIND.settings.format(0), flops(blind) / whole)]
-    chosen: dict[tuple[str, str], list[Value]] = {}
+    yield Choice("dense", "", 1.0)
+    yield Choice("no image", BLIND, flops(BLIND) / whole)
+    chosen: dict[str, list[Value]] = {}
     for method in METHODS:
         print(f"choosing {method.name} ...", file=sys.stderr, flush=True)
         share = shares(method, lambda passes: flops(passes) / whole)
-        twin = (TWINS.get(method.name, ""), method.settings)
-        values = chosen[twin] if twin in chosen else settle(method.values, share)
-        chosen[method.name, method.settings] = values
-        least = share(method.values[0])
-        found += [Choice(method.name, method.settings.format(v), share(v), least, missed) for v, missed in values]
-    return found
+        values = chosen.get(TWINS.get(method.name, "")) or settle(method.values, share)
+        chosen[method.name] = values
+        for value, missed in values:
+            yield Choice(method.name, method.passes(value), share(value), share(method.values[0]), missed)
 
 
 def shares(method: Method, of: Callable[[str], float]) -> Share:
@@ -171,59 +193,6 @@ def nearest(values: Sequence[float], share: Share, target: float) -> float:
         middle = (low + high) // 2
         low, high = (middle, high) if share(values[middle]) < target else (low, middle)
     return min(values[low], values[high], key=lambda value: abs(share(value) - target))
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson's, which is fair near 0 and 1 too)."""
-    p, spread = right / n, Z * Z / n
-    middle = (p + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(p * (1 - p) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table, and what it was measured with."""
-    about = result["environment"]
-    versions = ", ".join(f"{name} {about[name]}" for name in ("foveate", "torch", "transformers", "python"))
-    asked = ", ".join(f"{n} {TITLES[task]}" for task, n in result["n"].items())
-    seeds = ", ".join(str(result["seeds"][task]) for task in result["n"])
-    lines = [
-        "# Accuracy at equal FLOPs on digits",
-        "",
-        f"{versions}. Held-out questions: {asked} (seeds {seeds}). ±: half of a 95% interval, in points.",
-        "",
-        f"| pass | settings | prefill FLOPs | {' | '.join(TITLES.values())} |",
-        "|---|---|--:|--:|--:|--:|",
-        *(row(entry) for entry in result["rows"]),
-        "",
-        f"Prefill FLOPs: of the decoder, over dense, at 144 visual and {result['text_tokens']} text tokens. "
-        "Settings were chosen by FLOPs alone, nearest to 75%, 50% and 25%.",
-        "The model does not count (`1` every time would be right as often): judge by the other two columns.",
-        "`cut-visual{from_layer=0}` is the model that never sees the image.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def row(entry: dict[str, Any]) -> str:
-    """One pipeline as a line of the table."""
-    share = f"{entry['prefill_flops_share']:.0%}"
-    if entry["out_of_reach"]:
-        missed = " and ".join(f"{target:.0%}" for target in entry["out_of_reach"])
-        share += f" ({missed} out of reach: at least {entry['least_share']:.0%})"
-    scores = []
-    for task, n in entry["n"].items():
-        low, high = entry["interval"][task]
-        scores.append(f"{entry['right'][task] / n:.1%} ±{50 * (high - low):.0f}")
-    settings = f"`{entry['settings']}`" if entry["settings"] else ""
-    return f"| {' | '.join([entry['pass'], settings, share, *scores])} |"
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 if __name__ == "__main__":

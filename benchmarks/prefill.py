@@ -1,4 +1,4 @@
-"""Prefill speed-up against FLOP speed-up, for three pipelines on each backend; see README.md."""
+"""Prefill speed-up against FLOP speed-up, for four pipelines on each backend; see README.md."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PIPELINES = {
-    "half-half-half": ",".join(
-        [
-            "drop-visual-heads{keep=8,from_layer=0}",
-            "drop-visual-neurons{keep=0.5}",
-            "cut-visual{from_layer=6}",
-        ]
-    ),
-    "cut-visual": "cut-visual{from_layer=6}",
-    "fastv": "fastv{layer=2,keep=0.25}",
-}
+from writing import RESULTS, replace, versions
+
+RUNS = (
+    ("recipe:yopo-25", 1),
+    ("recipe:yopo-25", 4),
+    ("recipe:yopo-12", 1),
+    ("recipe:yopo-12", 4),
+    ("cut-visual{from_layer=6}", 1),
+    ("fastv{layer=2,keep=0.25}", 1),
+)
+"""Passes, and prompts at once."""
 BACKENDS = ("eager", "inductor")
 FULL = {
     "layers": 12,
@@ -34,8 +34,8 @@ FULL = {
 }
 SMALL = {"layers": 8, "hidden": 128, "ffn": 352, "visual-tokens": 64, "text-tokens": 16, "threads": 1}
 QUICK = {**FULL, **SMALL, "repeat": 2, "new-tokens": 2}
-ENOUGH = 0.85
-RESULTS = Path(__file__).parent / "results"
+ENOUGH = {"recipe:yopo-12": 0.8}
+"""Share of the FLOP speed-up that should become time; else 0.9."""
 
 
 def main() -> None:
@@ -48,18 +48,16 @@ def main() -> None:
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its times mean nothing and must not replace the results")
     folder: Path = args.output or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
     sizes = QUICK if args.quick else FULL
     runs = []
     for backend in args.backend or BACKENDS:
-        for name, passes in PIPELINES.items():
-            print(f"{backend}: {name} ...", file=sys.stderr, flush=True)
-            runs.append({"name": name, **bench(passes, backend, sizes)})
-    result = {"sizes": sizes, "environment": runs[0]["environment"], "runs": runs}
-    table = markdown(result)
-    replace(folder / "prefill-cpu.json", json.dumps(result, indent=2) + "\n")
-    replace(folder / "prefill-cpu.md", table)
-    print(table)
+        for passes, batch in RUNS:
+            print(f"{backend}: {passes}, batch {batch} ...", file=sys.stderr, flush=True)
+            runs.append({"name": passes, **bench(passes, backend, {**sizes, "batch": batch})})
+            result = {"sizes": sizes, "environment": runs[0]["environment"], "runs": runs}
+            replace(folder / "prefill-cpu.json", json.dumps(result, indent=2) + "\n")
+            replace(folder / "prefill-cpu.md", markdown(result))
+    print(markdown(result))
 
 
 def bench(passes: str, backend: str, sizes: dict[str, int]) -> dict[str, Any]:
@@ -78,18 +76,16 @@ def markdown(result: dict[str, Any]) -> str:
     """The table, and what it was measured with."""
     sizes, about = result["sizes"], result["environment"]
     shape = ", ".join(f"{name} {value}" for name, value in sizes.items())
-    versions = ", ".join(f"{name} {about[name]}" for name in ("foveate", "torch", "transformers", "python"))
     lines = [
         "# Prefill against FLOPs on a CPU",
         "",
-        f"{versions}; {about['cpu']}, {about['cpus']} CPUs. Random weights, fp32: {shape}. Medians, in ms.",
+        f"{versions(about)}; {about['cpu']}, {about['cpus']} CPUs. Random weights, fp32: {shape}. Medians, in ms.",
         "",
-        "| backend | passes | HF | dense | optimized | FLOPs | over dense | efficiency"
-        " | over HF | efficiency | decode |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| backend | passes | batch | HF | dense | optimized | FLOPs | over dense | share | over HF | share | decode |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [row(run) for run in result["runs"]]
-    legend = f"Efficiency: measured over FLOP speed-up; **bold** is below {ENOUGH}. Decode: one step, over dense."
+    legend = "Share: measured over FLOP speed-up; **bold** is below 0.9 (yopo-12: 0.8). Decode: one step, over dense."
     return "\n".join([*lines, "", legend, ""])
 
 
@@ -99,24 +95,18 @@ def row(run: dict[str, Any]) -> str:
     figures = [
         f"{run['flop_speedup']:.2f}x",
         f"{run['prefill_speedup']:.2f}x",
-        efficiency(run["efficiency"]),
+        share(run["efficiency"], run["name"]),
         f"{run['prefill_speedup_vs_hf']:.2f}x",
-        efficiency(run["efficiency_vs_hf"]),
+        share(run["efficiency_vs_hf"], run["name"]),
         f"{run['decode_speedup']:.2f}x",
     ]
-    return f"| {' | '.join([run['backend'], run['name'], *times, *figures])} |"
+    name = f"`{run['name']}`"
+    return f"| {' | '.join([run['backend'], name, str(run['batch']), *times, *figures])} |"
 
 
-def efficiency(value: float) -> str:
+def share(value: float, name: str) -> str:
     """Two digits; bold where it is not enough."""
-    return f"{value:.2f}" if value >= ENOUGH else f"**{value:.2f}**"
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    return f"{value:.2f}" if value >= ENOUGH.get(name, 0.9) else f"**{value:.2f}**"
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@ fast = foveate.optimize(model, "drop-visual-heads{alpha=0.1}", calibration=stati
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 
 from foveate.backends.eager import lower
 from foveate.errors import InputError
 from foveate.evaluate import Tick, silent
+from foveate.examples import Example
 from foveate.ir.observe import observe, only_statistics
 from foveate.ir.split import split
 from foveate.ir.statistics import Statistics
@@ -26,24 +25,12 @@ from foveate.models.registry import check_runs, family_of, trace_joint
 from foveate.ops import PAD
 from foveate.streams import Streams
 
-__all__ = ["Example", "Statistics", "calibrate", "unfinished"]
+__all__ = ["Statistics", "calibrate", "unfinished"]
 
 SAVE_EVERY = 32
 """Samples between two saves of what was counted."""
 
 _TAKEN = ("input_ids", "attention_mask", "pixel_values")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A whole prompt, with its `<image>` marks, and its images in order, or what opens them when they are needed.
-
-    place: where it comes from, for error messages, such as `data.jsonl line 3`.
-    """
-
-    prompt: str
-    images: Sequence[Image | Callable[[], Image]]
-    place: str = ""
 
 
 def unfinished(output: Path) -> Path:
@@ -132,7 +119,7 @@ def _digest(examples: Sequence[Example]) -> str:
 
 def _processed(model: Any, processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
     """A batch as the model takes it."""
-    images = [image() if callable(image) else image for example in examples for image in example.images]
+    images = [image for example in examples for image in example.pictures()]
     prompts = [example.prompt for example in examples]
     try:
         made = processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
@@ -142,7 +129,7 @@ def _processed(model: Any, processor: Any, examples: Sequence[Example]) -> dict[
     length, longest = made["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
     if length > longest:
         row = int(made["attention_mask"].sum(1).argmax())
-        raise InputError(f"{_place(examples[row])}: the prompt is {length} tokens long, this model takes {longest}")
+        raise InputError(f"{examples[row].where}: the prompt is {length} tokens long, this model takes {longest}")
     taken = {name: made[name].to(model.device) for name in _TAKEN if name in made}
     return {n: x.to(model.dtype) if x.is_floating_point() else x for n, x in taken.items()}
 
@@ -152,15 +139,11 @@ def _later(streams: Streams, examples: Sequence[Example]) -> torch.Tensor:
     real = streams.visual.order != PAD
     blind = (~real.any(1)).nonzero()
     if len(blind):
-        raise InputError(f"{_place(examples[int(blind[0, 0])])}: the prompt has no image, so it says nothing of images")
+        raise InputError(f"{examples[int(blind[0, 0])].where}: the prompt has no image, so it says nothing of images")
     first = streams.visual.order.amin(1, keepdim=True)
     return ((streams.text.order > first) & (streams.text.order != PAD)).sum(1)
 
 
-def _place(example: Example) -> str:
-    return example.place or f"the sample {example.prompt[:40]!r}"
-
-
 def _places(examples: Sequence[Example]) -> str:
-    first, last = _place(examples[0]), _place(examples[-1])
+    first, last = examples[0].where, examples[-1].where
     return first if len(examples) == 1 else f"{first} to {last}"

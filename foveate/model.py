@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.utils import ModelOutput
 
 from foveate.backends.base import Runner, lower, lower_graph
 from foveate.cache import VisualTextCache
 from foveate.errors import InputError
+from foveate.generation import Generates, NextToken
 from foveate.ir.program import Program
 from foveate.ir.train import derive_train
 from foveate.ir.weights import linear_weights
@@ -28,25 +27,7 @@ OWN = "weights."
 """What precedes a weight's Hugging Face name in `OptimizedModel.state_dict()`."""
 
 
-@dataclass
-class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
-    """What an optimized model returns.
-
-    loss: of the labels that were given. logits: [B, 1, V] of the token after the last; with labels [B, k, V], one for
-    each label of a row. labels: int64 [B, k], what those logits should predict, -100 where a row has fewer than k.
-    past_key_values: the cache. kept: for each layer before which
-    visual tokens were selected, the places in the prompt of those that stay, int64 [B, k], padded with the
-    largest int64.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    labels: Tensor | None = None
-    past_key_values: Any = None
-    kept: dict[int, Tensor] | None = None
-
-
-class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers is untyped
+class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # transformers is untyped
     """Runs a program as a transformers model: `opt(**inputs)`, `opt.generate(**inputs)`.
 
     Made by `foveate.optimize` and `foveate.load`. It trains as any torch module does: `opt(**inputs, labels=labels)`
@@ -252,54 +233,9 @@ class OptimizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         name = paths[short] if paths[short] in self.weights.names else paths["embed"]  # a head may be tied
         return self.weights.get_submodule(name.rpartition(".")[0])
 
-    # What `generate` asks of a model.
-
     def can_generate(self) -> bool:
         """Yes: `generate` works as for any transformers model."""
         return True
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: VisualTextCache | None = None,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """The whole prompt first, then what the cache has not seen."""
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values}
-        inputs["use_cache"] = options.get("use_cache", True)
-        if not seen:
-            inputs |= {"attention_mask": attention_mask, "pixel_values": pixel_values}
-        return inputs
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *unused: Any, **also_unused: Any
-    ) -> None:
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = VisualTextCache()
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Any, dict[str, Any]]:
-        """Repeat each row; a row's images are repeated as a block, so that every copy has all of them in order."""
-        pixels = model_kwargs.pop("pixel_values", None)
-        if pixels is not None and input_ids is not None and expand_size > 1:
-            tokens = (input_ids == self.program.info.image_token_id).sum(1)
-            counts = (tokens // self.program.info.tokens_per_image).tolist()
-            if sum(counts) == pixels.shape[0]:
-                pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
-        ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if pixels is not None:
-            kwargs["pixel_values"] = pixels
-        return ids, kwargs
 
     def save_pretrained(
         self,

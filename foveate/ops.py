@@ -35,6 +35,7 @@ LIBRARY.define("encoder_attention(Tensor q, Tensor k, Tensor v, float scale) -> 
 LIBRARY.define("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor")
 LIBRARY.define("attention_row(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, float scale) -> Tensor")
 LIBRARY.define("top_tokens(Tensor scores, Tensor order, float keep) -> (Tensor, Tensor)")
+LIBRARY.define("residual(Tensor x, Tensor y, Tensor rest) -> Tensor")
 LIBRARY.define("take_tokens(Tensor x, Tensor index, int dim) -> Tensor")
 LIBRARY.define("random_scores(Tensor order, int seed) -> Tensor")
 LIBRARY.define(
@@ -95,6 +96,9 @@ n_b < n real tokens keeps floor(keep * n_b) of them; the slots left over point a
 
 take_tokens = torch.ops.foveate.take_tokens.default
 """x [B, ..., n at dim, ...] gathered along `dim` with index int64 [B, k]; B may be 1 in x."""
+
+residual = torch.ops.foveate.residual.default
+"""x + y, both [B, n, D], and what the last tokens get besides, `rest` [B, m, D] with m at most n: -> [B, n, D]."""
 
 random_scores = torch.ops.foveate.random_scores.default
 """Scores in [0, 1) that depend on the seed and each token's place in its stream only: order [B, n] -> fp32 [B, n]."""
@@ -179,6 +183,11 @@ def _take_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[0], shape[dim] = index.shape[0], index.shape[1]
     return x.new_empty(shape)
+
+
+@torch.library.register_fake("foveate::residual", lib=LIBRARY)
+def _residual(x: Tensor, y: Tensor, rest: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("foveate::random_scores", lib=LIBRARY)

@@ -15,22 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, ImageOps
 
 from foveate.errors import BackendError, InputError
 from foveate.evaluate import Tick, silent
+from foveate.examples import Example
 from foveate.labels import NO_LABEL
 from foveate.model import OptimizedModel
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing to learn. prompt: the whole prompt, with the processor's mark for each image; where: for messages."""
-
-    images: tuple[Path | Image.Image, ...]
-    prompt: str
-    answer: str
-    where: str = "an example"
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """input_ids, attention_mask, pixel_values, labels."""
-        images = [_pixels(image) for example in examples for image in example.images]
+        images = [image for example in examples for image in example.pictures()]
         texts = [self.text(example) for example in examples]
         inputs = dict(self.processor(text=texts, images=images or None, padding=True, return_tensors="pt"))
         labels = torch.full_like(inputs["input_ids"], NO_LABEL)
@@ -232,10 +222,3 @@ def _silence(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-
-
-def _pixels(image: Path | Image.Image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    with Image.open(image) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")

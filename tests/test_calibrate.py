@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from foveate import calibrate as module
-from foveate.calibrate import Example, calibrate, unfinished
+from foveate.calibrate import calibrate, unfinished
 from foveate.errors import ArtifactError, InputError, PassError
+from foveate.examples import Example
 from foveate.ir.statistics import KEY, Statistics
 from foveate.models.digits import samples
 from tests.ir.programs import traced
@@ -24,9 +25,9 @@ TENSORS = ("mass", "output", "text_to_visual", "by_distance", "pairs", "neurons"
 
 def examples() -> list[Example]:
     """Questions of unequal length; the second one has two images."""
-    found = [Example(s.prompt, [s.image], f"sample {i}") for i, s in enumerate(samples(n=5, seed=1))]
+    found = [Example(s.prompt, [s.image], place=f"sample {i}") for i, s in enumerate(samples(n=5, seed=1))]
     two = samples(n=2, seed=2)
-    found[1] = Example(f"<image> {two[0].prompt}", [two[0].image, lambda: two[1].image], "sample 1")
+    found[1] = Example(f"<image> {two[0].prompt}", [two[0].image, two[1].image], place="sample 1")
     return found
 
 
@@ -129,14 +130,14 @@ def test_examples_that_do_not_fit_are_named() -> None:
     model, processor = small_digits()
     good = examples()[0]
     for bad, message in (
-        (Example("no image here", [], "line 7"), "line 7: the prompt has no image"),
-        (Example(good.prompt + " a" * 5000, good.images, "line 7"), r"line 7: the prompt is \d+ tokens long"),
-        (Example(good.prompt, [*good.images, *good.images], "line 7"), "image"),
+        (Example("no image here", [], place="line 7"), "line 7: the prompt has no image"),
+        (Example(good.prompt + " a" * 5000, good.images, place="line 7"), r"line 7: the prompt is \d+ tokens long"),
+        (Example(good.prompt, [*good.images, *good.images], place="line 7"), "image"),
     ):
         with pytest.raises(InputError, match=message):
             calibrate(model, processor, [bad], batch=1)
     with pytest.raises(InputError, match="line 7: the prompt has no image"):
-        calibrate(model, processor, [good, Example("no image here", [], "line 7")], batch=2)
+        calibrate(model, processor, [good, Example("no image here", [], place="line 7")], batch=2)
 
 
 def test_values_that_are_not_finite_are_refused(counted: Statistics) -> None:

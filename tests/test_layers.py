@@ -23,9 +23,12 @@ ALLOWED = {
     "cache": BASE,
     "streams": BASE | {"ir"},
     "labels": BASE | {"streams"},
-    "model": BASE | {"ir", "backends", "cache", "streams", "labels", "artifact", "report"},
+    "generation": BASE | {"ir", "cache"},
+    "model": BASE | {"ir", "backends", "cache", "streams", "labels", "generation", "artifact", "report"},
 }
-EVERYTHING = {"api", "artifact", "calibrate", "cli", "report", "bench", "evaluate", "machine", "train", "__init__"}
+EVERYTHING = {"api", "artifact", "calibrate", "cli", "report", "bench", "evaluate", "examples", "machine", "train"} | {
+    "__init__"
+}
 
 
 def imported(path: Path) -> set[str]:

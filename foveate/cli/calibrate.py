@@ -15,7 +15,7 @@ ALPHA = 0.1
 
 @click.command("calibrate")
 @click.argument("model")
-@click.option("--data", required=True, metavar="D", help='"digits", a folder of images, or a file of JSON lines.')
+@click.option("--data", required=True, metavar="D", help='JSONL of {"image", "prompt"}, a folder, or "digits".')
 @click.option("-o", "--output", required=True, metavar="X.safetensors", help="Where the statistics go.")
 @click.option("-n", "--samples", type=AT_LEAST_ONE, default=100, show_default=True, help="Samples at most.")
 @click.option("--batch", type=AT_LEAST_ONE, default=8, show_default=True, help="Samples at once.")
@@ -24,10 +24,9 @@ ALPHA = 0.1
 def command(model: str, data: str, output: str, samples: int, batch: int, resume: bool, as_json: bool) -> None:
     """Count what MODEL's heads and neurons do with images, for passes that drop the idle ones.
 
-    A folder holds images, each with its question in a .txt of the same name (default: "Describe this image.").
-    JSON lines are {"image": "a.png", "prompt": "..."} or {"images": [...], "prompt": "..."}.
+    A folder holds a .jsonl file, or images, each with its question in a .txt of the same name (default: "Describe this
+    image.").
     """
-    from foveate.cli.data import read_examples
     from foveate.cli.folders import check_file
     from foveate.cli.models import load_model
 
@@ -38,7 +37,7 @@ def command(model: str, data: str, output: str, samples: int, batch: int, resume
         processor = loaded.get_processor()
         from foveate.calibrate import calibrate
 
-        examples = read_examples(data, processor, samples)
+        examples = _examples(data, processor, samples)
         found = calibrate(
             loaded.model, processor, examples, batch=batch, name=model, output=path, resume=resume, tick=out.tick
         )
@@ -55,6 +54,19 @@ def command(model: str, data: str, output: str, samples: int, batch: int, resume
         )
         out.line(f"saved in {output}")
         out.finish({"output": output, "model": model, "data": data, "samples": found.samples, "layers": layers})
+
+
+def _examples(data: str, processor: Any, count: int) -> Any:
+    from foveate.cli.data import read_examples
+    from foveate.cli.models import DIGITS
+
+    if data != DIGITS:
+        return read_examples(data, processor, count=count)
+    from foveate.examples import Example
+    from foveate.models.digits import samples
+
+    drawn = samples("train", n=count)
+    return [Example(s.prompt, [s.image], s.answer, f"digits sample {i + 1}") for i, s in enumerate(drawn)]
 
 
 def _layers(found: Any) -> list[dict[str, Any]]:

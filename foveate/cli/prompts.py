@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.cli.errors import UseError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-def read_image(name: str) -> Image:
-    """An RGB image from a file; UseError for anything else."""
-    from PIL import Image, ImageOps
-
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UseError(f"there is no file {name}")
-    if path.is_dir():
-        raise UseError(f"{name} is a folder, not an image")
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except PermissionError:
-        raise UseError(f"{name} may not be read: permission denied") from None
-    except Exception:  # Pillow's readers raise many kinds on damaged files
-        raise UseError(f"{name} is not an image that Pillow can read") from None
 
 
 def full_prompt(processor: Any, question: str, images: int) -> str:

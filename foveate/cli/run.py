@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -32,10 +33,11 @@ def command(
 
     DIR is a folder made by `foveate optimize`, or any MODEL.
     """
-    from foveate.cli.prompts import encode, full_prompt, read_image
+    from foveate.cli.prompts import encode, full_prompt
+    from foveate.examples import open_image
 
     with talking(as_json) as out:
-        pictures = [read_image(name) for name in images]
+        pictures = [open_image(Path(name).expanduser()) for name in images]
         processor, get_model = _find(model, passes, backend)
         text = full_prompt(processor, prompt, len(pictures))
         optimized = get_model()

@@ -60,7 +60,7 @@ def command(
     with talking(as_json) as out, new_folder(folder) as part:
         out.tick("loading the model", 0, 1)
         optimized, processor = _load(model, passes)
-        from foveate.cli.examples import DigitExamples, read_examples
+        from foveate.cli.data import DigitExamples, read_examples
         from foveate.cli.models import DIGITS
         from foveate.train import Collator, Settings, check_lengths, finetune
 
@@ -69,7 +69,7 @@ def command(
             count = (settings.steps or 0) * settings.batch * settings.accumulate or DIGIT_EXAMPLES
             examples: Any = DigitExamples(count, settings.seed)
         else:
-            examples = read_examples(data, processor)
+            examples = read_examples(data, processor, answers=True)
             check_lengths(optimized, Collator(processor), examples)
         told = {"model": model, "data": data, "passes": [r.text for r in optimized.program.passes], **vars(settings)}
         with _checkpoints(folder, told, resume) as work:

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from foveate import ops
 from foveate.ir.attention import Attention
 from foveate.ir.program import NodeInfo, Program, args_of, info, outputs
+from foveate.ir.residual import fold_residuals
 from foveate.ir.rewriter import Rewriter, equal_nodes, map_arg
 from foveate.ir.select import token_inputs
 from foveate.ir.share import share_parts
@@ -76,6 +77,7 @@ class _Joiner:
             self.edit.output({"out": self._one(result["logits"]), "kv": kv})
         else:
             self.edit.output(map_arg(result, self._one))
+        fold_residuals(self.edit)
         self.edit.sweep()
         return self.edit.graph
 

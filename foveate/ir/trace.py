@@ -17,18 +17,18 @@ from torch import Tensor, fx, nn
 
 from foveate import ops
 from foveate.errors import TraceError
+from foveate.ir import repeated
 from foveate.ir.canonical import canonical, unfuse
 from foveate.ir.program import NodeInfo, Program
 from foveate.ir.rewriter import Rewriter, map_arg
 
 # Towers that take all images in one packed sequence hand over its bounds only to what is named after flash attention.
 _TRACE_NAME = "foveate_flash"
-_LIBRARY = torch.library.Library("foveate_trace", "DEF")
-_LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor")
+repeated.LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor")
 _captured = torch.ops.foveate_trace.attention.default
 
 
-@torch.library.register_fake("foveate_trace::attention", lib=_LIBRARY)
+@torch.library.register_fake("foveate_trace::attention", lib=repeated.LIBRARY)
 def _captured_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
@@ -99,55 +99,98 @@ def import_graph(
     sequence] is added and attention becomes `foveate::attention`; otherwise `foveate::encoder_attention`.
     The graph returns `{"out": value, "kv": [[None, None, k, v] a layer]}` (`kv` only when causal).
     """
-    graph = fx.Graph()
-    edit = Rewriter(program, graph, by="trace")
-    environment: dict[fx.Node, Any] = {}
-    signature = exported.graph_signature
-    weight_names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    weight_names |= signature.inputs_to_lifted_tensor_constants
-    placeholders = dict(inputs)
-    order = None
-    if causal:
-        placeholders["order"] = program.symbols.tensor(
-            "batch", "sequence", dtype=torch.int64, device=next(iter(inputs.values())).device
-        )
-    made = {
-        name: edit.placeholder(name, value, NodeInfo(-1, name, "joint" if causal else "none"))
-        for name, value in placeholders.items()
-    }
-    order = made.get("order")
-    user_inputs = iter(list(made.values())[: len(inputs)])
-    where = _Where(layers)
-    kv: list[list[fx.Node | None]] = []
-    for node in exported.graph.nodes:
-        if node.op == "placeholder":
-            known = weight_names.get(node.name)
-            environment[node] = edit.weight(names(known)) if known else next(user_inputs)
-        elif node.op == "call_function":
-            about = where.place(node)
-            args = map_arg(node.args, lambda n: environment[n])
-            if node.target is _captured:
-                q, k, v, scale, is_causal = args
-                if bool(is_causal) != causal:
-                    raise TraceError(f"{about.role}: attention is {'' if is_causal else 'not '}causal there")
-                if causal:
-                    kv.append([None, None, k, v])
-                    args = ([q], [k], [v], [order], [order], -1, "s:s", scale)
-                    environment[node] = edit.call(ops.attention, *args, about=about)
-                else:
-                    environment[node] = edit.call(ops.encoder_attention, q, k, v, scale, about=about)
+    return _Importer(program, exported, layers, names, causal).run(exported.graph.nodes, inputs)
+
+
+class _Importer:
+    def __init__(self, program: Program, exported: Any, layers: int, names: Callable[[str], str], causal: bool) -> None:
+        self.edit = Rewriter(program, fx.Graph(), by="trace")
+        signature = exported.graph_signature
+        self.weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.weights |= signature.inputs_to_lifted_tensor_constants
+        self.names = names
+        self.causal = causal
+        self.where = _Where(layers)
+        self.order: fx.Node | None = None
+        self.kv: list[list[fx.Node | None]] = []
+        self.values: dict[fx.Node, Any] = {}
+        self.regions: dict[str, list[fx.Node]] = {}
+
+    def run(self, nodes: Any, inputs: dict[str, Tensor]) -> fx.Graph:
+        edit = self.edit
+        placeholders = dict(inputs)
+        if self.causal:
+            placeholders["order"] = edit.program.symbols.tensor(
+                "batch", "sequence", dtype=torch.int64, device=next(iter(inputs.values())).device
+            )
+        made = {
+            name: edit.placeholder(name, value, NodeInfo(-1, name, "joint" if self.causal else "none"))
+            for name, value in placeholders.items()
+        }
+        self.order = made.get("order")
+        given = iter(list(made.values())[: len(inputs)])
+        region: list[fx.Node] = []
+        for node in nodes:
+            if node.op == "placeholder":
+                self.values[node] = self._weight(node) if node.name in self.weights else next(given)
+            elif node.op == "output":
+                result = self.values[node.args[0][0]]
+                edit.output({"out": result, "kv": self.kv} if self.causal else {"out": result})
+            elif node.op != "call_function":
+                raise TraceError(f"unexpected `{node.op}` node {node.name} in the recording")
+            elif node.target == repeated.begin:
+                region = self.regions[node.args[1]] = [node]
+                self.values[node] = self.values[node.args[0]]
+            elif node.target == repeated.end:
+                region.append(node)
+                region = []
+                self.values[node] = self.values[node.args[0]]
+            elif node.target == repeated.again:
+                self.values[node] = self._again(*node.args)
             else:
-                kwargs = map_arg(node.kwargs, lambda n: environment[n])
-                environment[node] = canonical(edit, node, args, kwargs, about)
-        elif node.op == "output":
-            result = environment[node.args[0][0]]
-            edit.output({"out": result, "kv": kv} if causal else {"out": result})
-        else:
-            raise TraceError(f"unexpected `{node.op}` node {node.name} in the recording")
-    edit.sweep()
-    unfuse(edit)
-    edit.merge_equal()
-    return graph
+                region.append(node)
+                self.values[node] = self._write(node, self.values.__getitem__, self.where.place(node))
+        edit.sweep()
+        unfuse(edit)
+        edit.merge_equal()
+        return edit.graph
+
+    def _again(self, source: fx.Node, path: str, of: str) -> Any:
+        """What was recorded of layer `of`, written once more with the weights of layer `path`."""
+        begin, *inside, end = self.regions[of]
+        values = {begin: self.values[source]}
+
+        def value(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            return self._weight(node, of, path) if node.name in self.weights else self.values[node]
+
+        for node in inside:
+            about = self.where.place(node)
+            own = about.with_(layer=int(path.rpartition(".")[2])) if about.layer >= 0 else about
+            values[node] = self._write(node, value, own)
+        (result,) = end.all_input_nodes
+        return value(result)
+
+    def _weight(self, node: fx.Node, of: str = "", path: str = "") -> fx.Node:
+        """The weight that a recorded input is; one of layer `of` is that of layer `path` instead."""
+        name = self.weights[node.name]
+        wrapper, found, inner = name.partition(f"{of}.") if of else ("", "", "")
+        return self.edit.weight(self.names(f"{wrapper}{path}.{inner}" if found else name))
+
+    def _write(self, node: fx.Node, value: Callable[[fx.Node], Any], about: NodeInfo) -> Any:
+        """A recorded node in canonical form; value: what stands for its arguments."""
+        args = map_arg(node.args, value)
+        if node.target is not _captured:
+            return canonical(self.edit, node, args, map_arg(node.kwargs, value), about)
+        q, k, v, scale, is_causal = args
+        if bool(is_causal) != self.causal:
+            raise TraceError(f"{about.role}: attention is {'' if is_causal else 'not '}causal there")
+        if not self.causal:
+            return self.edit.call(ops.encoder_attention, q, k, v, scale, about=about)
+        self.kv.append([None, None, k, v])
+        order = [self.order]
+        return self.edit.call(ops.attention, [q], [k], [v], order, order, -1, "s:s", scale, about=about)
 
 
 class _Where:

@@ -34,6 +34,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 for _name, _implementation in IMPLEMENTATIONS.items():
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
+# In terms of other ops, so that compilers see into it and gradients need no rule.
+LIBRARY.impl("residual", tokens.residual, "CompositeImplicitAutograd")
+
 for _name in ("attention", "encoder_attention", "varlen_attention", "attention_row", "take_tokens"):
     differentiable(_name, IMPLEMENTATIONS[_name])
 

@@ -33,6 +33,13 @@ def take_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return torch.stack([x[row if x.shape[0] > 1 else 0].index_select(dim - 1, i) for row, i in enumerate(index)])
 
 
+def residual(x: Tensor, y: Tensor, rest: Tensor) -> Tensor:
+    """`foveate::residual`."""
+    out = x + y
+    out[:, out.shape[1] - rest.shape[1] :] += rest
+    return out
+
+
 def random_scores(order: Tensor, seed: int) -> Tensor:
     """`foveate::random_scores`: an integer hash of (seed, place), the same on every device and at every length."""
     place = torch.arange(order.shape[1], device=order.device, dtype=torch.int64)

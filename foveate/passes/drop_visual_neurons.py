@@ -3,9 +3,10 @@
     before                                       after, k = floor(keep * neurons)
     y.visual = down(silu(gate(x)) * up(x))       y.visual = down[:, :k](silu(gate[:k](x)) * up[:k](x))
 
-The slices are views. For any choice but the first k neurons, the neurons are first reordered so that the kept ones
-stand in front, which does not change the function. An approximation: YOPO (arXiv 2410.06169, section 3.2, "sparse
-visual projection in FFN"; its code keeps the first m/r neurons, its text says random).
+The slices are views. Wide FFNs keep a multiple of 64, because matmuls of other widths leave part of a GPU idle. For any
+choice but the first k neurons, the neurons are first reordered so that the kept ones stand in front, which does not
+change the function. An approximation: YOPO (arXiv 2410.06169, section 3.2, "sparse visual projection in FFN"; its code
+keeps the first m/r neurons, its text says random).
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from foveate.ir.weights import permute, read_weight, slice_weight
 from foveate.passes.base import Pass, Skipped, layers_text, number, whole
 
 SELECT = ("prefix", "random", "magnitude", "activity")
+WIDE, TILE = 4096, 64
+"""FFNs of so many neurons keep a multiple of TILE; what that adds is at most 1/64 of them."""
 
 
 @dataclass(frozen=True)
 class DropVisualNeurons(Pass):
     """Visual tokens use floor(keep * intermediate size) FFN neurons in layers from `from_layer` on.
 
-    keep: above 0, up to 1. select: `prefix`, the first ones (YOPO's code); `random` by `seed` (its text);
+    keep: above 0, up to 1. multiple_of: the count is rounded up to a multiple of this; by default 64 where there are
+    at least 4096 neurons, else 1. select: `prefix`, the first ones (YOPO's code); `random` by `seed` (its text);
     `magnitude`, those with the largest product of the norms of their gate, up and down weights; `activity`, those with
     the largest mean |activation| at visual tokens, from the statistics that `foveate calibrate` made (stats: the file).
     """
@@ -42,6 +46,7 @@ class DropVisualNeurons(Pass):
     select: Literal["prefix", "random", "magnitude", "activity"] = "prefix"
     seed: int = 0
     from_layer: int = 0
+    multiple_of: int | None = None
     stats: str | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +55,11 @@ class DropVisualNeurons(Pass):
         self.require(self.stats is None or isinstance(self.stats, str), "stats", "a file made by `foveate calibrate`")
         if self.stats is not None and self.select != "activity":
             raise PassError(f"{self.name}: stats has no meaning here; it belongs to select=activity")
+        self.require(
+            self.multiple_of is None or (whole(self.multiple_of) and self.multiple_of > 0),
+            "multiple_of",
+            "a number of neurons, 1 or more",
+        )
         self.require(whole(self.seed) and 0 <= self.seed < 2**31, "seed", "0 to 2**31 - 1")
         self.require(whole(self.from_layer) and self.from_layer >= 0, "from_layer", "a layer number, 0 or more")
 
@@ -57,11 +67,13 @@ class DropVisualNeurons(Pass):
         """See the module's text."""
         model = edit.program.info
         self.require_layer(edit.program, "from_layer")
-        kept = math.floor(self.keep * model.intermediate_size)
-        if kept == 0:
+        wanted = math.floor(self.keep * model.intermediate_size)
+        if wanted == 0:
             raise PassError(
                 f"{self.name}: keep={self.keep} of {model.intermediate_size} neurons is none; keep at least 1"
             )
+        unit = self.multiple_of or (TILE if model.intermediate_size >= WIDE else 1)
+        kept = min(math.ceil(wanted / unit) * unit, model.intermediate_size)
         if kept == model.intermediate_size:
             raise Skipped("every neuron is kept")
         active = None
@@ -74,7 +86,7 @@ class DropVisualNeurons(Pass):
         edit.sweep()
         yield (
             f"{layers_text(done[0], done[-1])}: visual gate/up/down {model.intermediate_size} -> {kept} neurons "
-            f"({self.select})"
+            f"({self.select}{'' if kept == wanted else f', {wanted} rounded up to a multiple of {unit}'})"
         )
 
     def _layer(self, edit: Rewriter, layer: int, kept: int, active: Tensor | None) -> bool:

@@ -59,3 +59,8 @@ def saved(run: Run, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     result = run("optimize", folder, "--passes", "fastv{layer=1,keep=0.5}", "-o", path)
     assert result.exit_code == 0, result.stderr
     return path
+
+
+def said_in(result: Result) -> list[str]:
+    """Lines on stderr, but for those that tell of progress, as a slow machine makes them."""
+    return [line for line in result.stderr.splitlines() if not line.endswith("...")]

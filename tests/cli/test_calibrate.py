@@ -58,12 +58,12 @@ def test_a_folder_and_json_lines_of_the_same_samples_give_the_same(run: Run, fol
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "data/0.png"', "data.jsonl line 2: not JSON"),
-        ('{"image": "data/0.png"}', 'data.jsonl line 2: needs "prompt"'),
-        ('{"prompt": "a"}', 'data.jsonl line 2: needs "image"'),
-        ('{"image": "gone.png", "prompt": "a"}', "data.jsonl line 2: there is no image"),
-        ('{"image": "data/notes.md", "prompt": "a"}', "data.jsonl line 2:"),
-        ('{"image": "data/0.png", "prompt": "<image> <image> a"}', "data.jsonl line 2: the prompt holds 2 <image>"),
+        ('{"image": "data/0.png"', "data.jsonl, line 2: not JSON"),
+        ('{"image": "data/0.png"}', "data.jsonl, line 2: 'prompt' is missing"),
+        ('{"prompt": "a"}', "data.jsonl, line 2: the prompt has no image"),
+        ('{"image": "gone.png", "prompt": "a"}', "data.jsonl, line 2: there is no image"),
+        ('{"image": "data/notes.md", "prompt": "a"}', "data.jsonl, line 2:"),
+        ('{"image": "data/0.png", "prompt": "<image> <image> a"}', "data.jsonl, line 2: the prompt holds 2 <image>"),
     ],
 )
 def test_a_bad_line_is_named(run: Run, folder: Path, data: Path, line: str, message: str) -> None:
@@ -81,7 +81,7 @@ def test_wrong_use_is_refused(run: Run, folder: Path, tmp_path: Path) -> None:
     for args, message in (
         (("--data", "digits", "-o", tmp_path / "x.pt"), "must end in .safetensors"),
         (("--data", tmp_path / "gone", "-o", path), "there is no such file or folder"),
-        (("--data", empty, "-o", path), "holds no images"),
+        (("--data", empty, "-o", path), "holds 0 images"),
     ):
         result = run("calibrate", folder, *args)
         assert result.exit_code == 2

@@ -15,7 +15,7 @@ from foveate import __version__
 from foveate.cli.main import COMMANDS, cli
 from foveate.cli.output import talking
 from foveate.errors import FoveateWarning, PassError
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, said_in
 
 HEAVY = ("torch", "transformers", "rich", "numpy", "PIL", "yaml")
 
@@ -68,7 +68,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(run: Run, args: list[str], said: 
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
+    assert len(said_in(result)) == 1
     assert said in result.stderr
 
 

@@ -18,7 +18,7 @@ from foveate.cli.prompts import full_prompt
 from foveate.model import OptimizedModel
 from foveate.models.digits import prompt_for
 from foveate.ops import PAD
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, said_in
 
 QUESTION = "which digit is at row 1 , column 2 ?"
 
@@ -87,7 +87,7 @@ def test_no_chat_template(run: Run, folder: Path, image: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("missing.png", None, "there is no file"),
+        ("missing.png", None, "there is no image"),
         ("text.png", b"no image", "text.png is not an image that Pillow can read"),
         ("empty.png", b"", "is not an image"),
         ("folder.png", "folder", "is a folder"),
@@ -104,7 +104,7 @@ def test_an_image_that_is_none(
     result = ask(run, folder, [path])
     assert (result.exit_code, result.stdout) == (2, "")
     assert said in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert len(said_in(result)) == 1
 
 
 def test_a_truncated_image(run: Run, folder: Path, image: Path, tmp_path: Path) -> None:

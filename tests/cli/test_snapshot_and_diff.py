@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from foveate.ir.snapshot import read_snapshot
-from tests.cli.conftest import LAYERS, Run
+from tests.cli.conftest import LAYERS, Run, said_in
 
 CUT = "cut-visual{from_layer=1}"
 
@@ -57,7 +57,7 @@ def test_only_snapshots_are_replaced(run: Run, folder: Path, files: tuple[Path, 
     path.write_text('{"model_type": "llava"}')
     result = run("snapshot", folder, "-o", path)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "exists and is not replaced" in result.stderr and result.stderr.count("\n") == 1
+    assert "exists and is not replaced" in result.stderr and len(said_in(result)) == 1
     assert path.read_text() == '{"model_type": "llava"}'
 
 
@@ -177,7 +177,7 @@ def test_wrong_use_of_diff(run: Run, files: tuple[Path, Path], folder: Path, tmp
         result = run("diff", *options)
         assert (result.exit_code, result.stdout) == (2, ""), options
         assert said in result.stderr, options
-        assert result.stderr.count("\n") == 1
+        assert len(said_in(result)) == 1
     assert a.read_bytes().startswith(b"{")
 
 

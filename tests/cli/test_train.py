@@ -12,8 +12,9 @@ from transformers import Trainer
 
 import foveate
 from foveate.errors import InputError
+from foveate.examples import Example
 from foveate.models import digits
-from foveate.train import Collator, Example, Settings, check_lengths, finetune
+from foveate.train import Collator, Settings, check_lengths, finetune
 from tests.cli.conftest import Run
 
 PASSES = "drop-visual-heads{keep=2,from_layer=1}"
@@ -147,9 +148,9 @@ def test_data_that_is_not_there_is_named(run: Run, saved: Path, tmp_path: Path) 
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
     for name, message in (
-        ("gone", "there is no file or folder"),
-        ("empty", "0 .jsonl files"),
-        ("empty.jsonl", "no ex"),
+        ("gone", "there is no such file or folder"),
+        ("empty", "0 images and no .jsonl file"),
+        ("empty.jsonl", "holds no samples"),
     ):
         result = run("train", saved, "--data", tmp_path / name, "-o", tmp_path / "out")
         assert result.exit_code == 2 and message in result.stderr, result.stderr
@@ -160,13 +161,13 @@ def test_data_that_is_not_there_is_named(run: Run, saved: Path, tmp_path: Path) 
 def test_labels_stand_on_the_answer_and_its_end_and_nowhere_else() -> None:
     _, processor = digits.load()
     drawn = digits.samples(split="train", task="mixed", n=3)
-    batch = Collator(processor)([Example((s.image,), s.prompt, s.answer) for s in drawn])
+    batch = Collator(processor)([Example(s.prompt, (s.image,), s.answer) for s in drawn])
     for ids, labels, sample in zip(batch["input_ids"], batch["labels"], drawn, strict=True):
         places = (labels != -100).nonzero().squeeze(1)
         assert processor.decode(ids[places]) == f"{sample.answer} </s>"
         prompt = processor(images=sample.image, text=sample.prompt, return_tensors="pt")["input_ids"][0]
         assert torch.equal(ids[: places[0]][-len(prompt) :], prompt), "as it will be asked"
-    alone = Collator(processor)([Example((), "USER: read row 1 . ASSISTANT:", "empty")])
+    alone = Collator(processor)([Example("USER: read row 1 . ASSISTANT:", answer="empty")])
     assert "pixel_values" not in alone or alone["pixel_values"] is None
 
 
@@ -176,9 +177,9 @@ def test_python_callers_get_the_same_errors(saved: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="no example to learn from"):
         finetune(opt, processor, [], Settings(), tmp_path)
     with pytest.raises(InputError, match="holds no checkpoint to resume from"):
-        finetune(opt, processor, [Example((), "a", "b")], Settings(), tmp_path, resume=True)
-    with pytest.raises(InputError, match=r"an example: prompt and answer are \d+ tokens"):
-        check_lengths(opt, Collator(processor), [Example((), "row " * 1020, "1 2 3 4")])
+        finetune(opt, processor, [Example("a", answer="b")], Settings(), tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"the sample 'row row .*': prompt and answer are \d+ tokens"):
+        check_lengths(opt, Collator(processor), [Example("row " * 1020, answer="1 2 3 4")])
 
 
 @pytest.mark.slow

@@ -153,6 +153,16 @@ def test_kept_heads_of_both_streams_are_one_causal_call() -> None:
     assert layouts == ["vt:vt", "t:t"] * (LAYERS - 1) + ["t:vt", "t:t"]
 
 
+def test_hidden_states_that_both_streams_share_are_never_copied() -> None:
+    program = pruned("drop-visual-heads{keep=2,from_layer=0},drop-visual-neurons{keep=0.5}", 4)
+    joined = join(program, program.prefill)
+    sums = [n for n in joined.nodes if n.target == ops.residual]
+    assert len(sums) == 2 * (LAYERS - 1), "one behind attention and one behind the FFN"
+    hidden = [n.name for n in nodes_of(joined, op=aten.cat.default, stream="joint") if n.meta["val"].shape[-1] == 32]
+    behind = [n for n in hidden if not n.startswith("pre_")]
+    assert len(behind) <= 1, "the last layer runs for visual keys and one text token"
+
+
 def test_a_dense_layer_is_one_causal_call() -> None:
     _, program = traced()
     joined = join(program, program.prefill)

@@ -163,3 +163,14 @@ def test_random_scores_stay_below_one() -> None:
     seed = seed_of_the_largest_hash()
     scores = tokens.random_scores(torch.zeros(1, 1, dtype=torch.int64), seed)
     assert 0.99 < scores.item() < 1
+
+
+@pytest.mark.parametrize("last", [0, 1, 5])
+def test_residual_adds_the_rest_to_the_last_tokens_and_lets_gradients_through(last: int) -> None:
+    x, y, rest = (torch.randn(2, n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 5, last))
+    before = x.detach().clone()
+    expected = torch.cat([(x + y)[:, : 5 - last], (x + y)[:, 5 - last :] + rest], 1)
+    torch.testing.assert_close(ops.residual(x, y, rest), expected)
+    assert torch.equal(x, before), "inputs are left as they are"
+    torch.library.opcheck(ops.residual, (x, y, rest), test_utils=CHECKS)
+    assert torch.autograd.gradcheck(ops.residual, (x, y, rest))

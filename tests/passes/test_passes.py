@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate.errors import FoveateWarning, PassError
-from foveate.models.random import random_inputs
+from foveate.models.random import random_inputs, random_llava
 from foveate.ops import PAD
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, RandomPrune
 from tests.oracle.masked import Masks, Prune
@@ -108,6 +108,19 @@ def test_drop_visual_neurons_prefix(model, keep):
 
 def test_drop_visual_neurons_from_a_layer_on(mha):
     check_pass(mha, [DropVisualNeurons(0.5, from_layer=2)], Masks(neurons=neurons(FFN // 2, 2)))
+
+
+def test_drop_visual_neurons_rounds_up_to_a_multiple(mha):
+    count = -(-math.floor(0.4 * FFN) // 16) * 16
+    assert count != math.floor(0.4 * FFN), "there is something to round"
+    check_pass(mha, [DropVisualNeurons(0.4, multiple_of=16)], Masks(neurons=neurons(count)))
+    wide = random_llava(layers=2, ffn=4096)
+    for options, expected in (
+        ("", "4096 -> 1280 neurons (prefix, 1228 rounded up to a multiple of 64)"),
+        (",multiple_of=1", "4096 -> 1228 neurons (prefix)"),
+    ):
+        opt = optimize(wide, f"drop-visual-neurons{{keep=0.3{options}}}")
+        assert expected in " ".join(opt.program.passes[0].notes)
 
 
 def test_drop_visual_neurons_by_magnitude_keeps_the_largest(mha):
@@ -253,6 +266,7 @@ REFUSED = {
     "drop-visual-neurons{keep=1.5}": "at most 1",
     "drop-visual-neurons{keep=0.001}": "at least 1",
     "drop-visual-neurons{select=best}": "prefix, random, magnitude, activity",
+    "drop-visual-neurons{multiple_of=0}": "1 or more",
     "drop-visual-neurons{seed=-1}": "2**31",
     "fastv{layer=0}": "1 or more",
     "fastv{layer=4}": "1 to 3",

@@ -143,6 +143,16 @@ def test_loss_and_gradients_equal_the_masked_oracle(model: Any, case: str) -> No
         check(model, optimized, masks, prompt)
 
 
+def test_a_model_that_was_asked_in_inference_mode_can_be_trained(mha: Any) -> None:
+    optimized = optimize(mha, "neighbor-attention{radius=1}")
+    inputs = random_inputs(mha, batch=1, text_tokens=23, seed=5)  # a size that no other test asks for
+    with torch.inference_mode():
+        asked = optimized(**inputs).logits
+    optimized(**inputs, labels=answered(inputs)).loss.backward()
+    with torch.inference_mode():
+        assert torch.equal(optimized(**inputs).logits, asked)
+
+
 def test_neurons_that_were_reordered_learn_as_the_original_ones(mha: Any) -> None:
     mask = torch.zeros(LAYERS, 96, dtype=torch.bool)
     for row, layer in zip(mask, mha.model.language_model.layers, strict=True):

@@ -48,7 +48,7 @@ ATTENTIONS = {ops.attention, ops.neighbor_attention, ops.encoder_attention, ops.
 FUSABLE = {
     *ELEMENTWISE,
     *(aten.add.Scalar, aten.mul.Scalar, aten.mean.dim, aten.sum.dim_IntList, aten.softmax.int),
-    *(aten.layer_norm.default, aten.rms_norm.default),
+    *(aten.layer_norm.default, aten.rms_norm.default, ops.residual),
 }
 """Ops whose chains a compiler makes into one kernel: between two of them nothing is written or read."""
 

@@ -63,6 +63,7 @@ def _of_grid(x: Inputs, call: Call, block: Block) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _table(call: Call, columns: int, far: int, device: torch.device) -> Tensor:
     """What the queries of one row see of rows of keys from `far` rows above to as many below: [columns, rows, columns].
 

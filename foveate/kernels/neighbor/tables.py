@@ -1,7 +1,8 @@
 """Tables that tell the GPU programs of neighbour attention which image, patch or run of tokens is theirs.
 
 They depend on the images' grids alone, so each is made once and kept for the next layer and the next prompt: ragged
-grids, several images and mixed batches then need neither padding nor a synchronization.
+grids, several images and mixed batches then need neither padding nor a synchronization. What is kept is made outside
+of inference mode, since the next to need it may be a backward pass.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ def grid_rows(grids: Tensor) -> Grids:
 
 
 @functools.lru_cache(KEPT)
+@torch.inference_mode(False)
 def image_table(grids: Grids, device: torch.device) -> Tensor:
     """int32 [images, 8]: the grids' six columns, 0, 0."""
     return _table([[*grid, 0, 0] for grid in grids], 8, device)
 
 
 @functools.lru_cache(KEPT)
+@torch.inference_mode(False)
 def tile_table(grids: Grids, rows: int, cols: int, device: torch.device) -> Tensor:
     """int32 [tiles, 4], a row a patch of rows x cols tokens: image, row and column of its corner, 0."""
     tiles = [
@@ -43,6 +46,7 @@ def tile_table(grids: Grids, rows: int, cols: int, device: torch.device) -> Tens
 
 
 @functools.lru_cache(KEPT)
+@torch.inference_mode(False)
 def run_table(grids: Grids, run: int, device: torch.device) -> tuple[Tensor, dict[int, slice]]:
     """int32 [runs, 4], a row up to `run` tokens of an image: image, first of them, their number, 0.
 

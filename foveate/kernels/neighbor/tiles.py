@@ -69,8 +69,9 @@ def _gathered(rows: Tensor, index: Tensor, call: Call) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _tables(call: Call, grids: Grids, tiles: Tiles, device: torch.device) -> Tables:
-    """The tables of a set of grids; layers with the same options share them."""
+    """The tables of a set of grids; layers with the same options share them, in training too."""
     # Made on the CPU, whatever device the caller has made the default.
     with torch.device("cpu"):
         queries, keys = (torch.cat(part) for part in zip(*(_image(call, grid, tiles) for grid in grids), strict=True))

@@ -1,0 +1,100 @@
+"""Recording equal layers once gives what recording each of them gives, and unequal ones are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from foveate.ir.repeated import alike
+from foveate.models import recording
+from foveate.models.registry import trace_program
+from tests.ir.programs import llava
+from tests.models import tiny
+
+
+def deep() -> Any:
+    return llava(layers=5, vision_layers=4)
+
+
+def recorded(model: Any) -> list[int]:
+    """Decoder layers that run while the model is traced."""
+    ran = []
+    layers = model.model.language_model.layers
+    forwards = [type(layer.mlp).forward for layer in layers]
+    number = {id(layer.mlp): i for i, layer in enumerate(layers)}
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        ran.append(number[id(self)])
+        return forwards[0](self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(layers[0].mlp), "forward", forward)
+        trace_program(model)
+    return ran
+
+
+@pytest.mark.parametrize("make", [deep, tiny.qwen2_vl, tiny.internvl], ids=["llava", "qwen", "internvl"])
+def test_the_text_is_that_of_a_recording_of_every_layer(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make()
+    once = trace_program(source).to_text()
+    assert not any("forward" in vars(m) for m in source.modules()), "the model is as it was"
+    monkeypatch.setattr(recording, "equal_layers_once", lambda model: nullcontext())
+    assert trace_program(source).to_text() == once
+
+
+def test_equal_layers_run_once() -> None:
+    assert recorded(deep()) == [0]
+
+
+def test_a_layer_with_an_attribute_of_its_own_is_recorded_itself() -> None:
+    model = deep()
+    model.model.language_model.layers[2].input_layernorm.variance_epsilon = 0.5
+    assert recorded(model) == [0, 2]
+
+
+def test_a_layer_with_a_hook_is_recorded_itself() -> None:
+    model = deep()
+    model.model.language_model.layers[3].self_attn.o_proj.register_forward_hook(lambda *a: None)
+    assert recorded(model) == [0, 3]
+
+
+def test_a_layer_with_weights_of_another_form_is_recorded_itself() -> None:
+    model = deep()
+    old = model.model.language_model.layers[1].self_attn.o_proj
+    model.model.language_model.layers[1].self_attn.o_proj = nn.Linear(old.in_features, old.out_features, bias=True)
+    assert recorded(model) == [0, 1]
+
+
+def test_a_layer_whose_hook_changes_what_it_is_given_is_recorded_itself() -> None:
+    model = deep()
+    layer = model.model.language_model.layers[2]
+
+    def other(module: nn.Module, args: Any, options: Any) -> Any:
+        cos, sin = options["position_embeddings"]
+        return args, {**options, "position_embeddings": (sin, cos)}
+
+    layer.register_forward_pre_hook(other, with_kwargs=True)
+    assert 2 in recorded(model)
+
+
+def test_what_a_configuration_says_of_each_layer_tells_them_apart() -> None:
+    layers = deep().model.language_model.layers
+    assert alike(layers, 0, 1)
+    layers[0].self_attn.config.layer_types = ["full_attention", "sliding_attention", *["full_attention"] * 3]
+    assert not alike(layers, 0, 1)
+    assert alike(layers, 0, 2)
+
+
+def test_tensors_that_are_no_weights_must_be_the_same_ones() -> None:
+    layers = deep().model.language_model.layers
+    layers[0].mlp.scale, layers[1].mlp.scale = torch.ones(2), torch.ones(2)
+    assert not alike(layers, 0, 1)
+    layers[1].mlp.scale = layers[0].mlp.scale
+    assert alike(layers, 0, 1)
