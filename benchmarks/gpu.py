@@ -3,16 +3,18 @@
     python benchmarks/gpu.py                 # on a GPU: under nine minutes, random weights, no network
     python benchmarks/gpu.py --quick -o DIR  # small shapes, on a CPU too: proves that it works
 
-Time to first token (vision tower included), decode time a token and peak memory of Hugging Face (SDPA), the dense
-program and each recipe, eager and compiled, at several batch sizes; then the kernels against dense SDPA, FlexAttention
-and the time that reading and writing alone would take. What does not fit into --minutes is left out and said so.
-Results are written after every block.
+Time to first token (vision tower included), decode time a token, as ops and as a CUDA graph, and peak memory of Hugging
+Face (SDPA), the dense program and each recipe, eager and compiled, at several batch sizes; before that the kernels
+against dense SDPA, FlexAttention and the time that reading and writing alone would take, and projections of the same
+tokens as one matmul or as several. What does not fit into --minutes is left out and said so. Results are written after
+every block.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_page import markdown
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
+from writing import RESULTS, replace
 
 import foveate
 from foveate import ops
@@ -31,7 +35,7 @@ from foveate.ir.cost.devices import devices
 from foveate.kernels.neighbor import triton_launch
 from foveate.kernels.neighbor.dispatch import planned
 from foveate.kernels.neighbor.triton_support import available
-from foveate.machine import environment, median_of
+from foveate.machine import environment, median_of, timed
 from foveate.models.random import random_inputs, random_llava
 
 TOWER = {"vision_layers": 24, "vision_hidden": 1024, "vision_heads": 16, "visual_tokens": 576, "vocab": 32000}
@@ -53,6 +57,11 @@ KERNELS = [
     for radius in (2, 5)
 ]
 SIZE = 128
+PROJECTIONS = {
+    "LLaVA-1.5-7B": (4096, [4096] * 3, [11008] * 2),
+    "Qwen2-VL-7B": (3584, [3584, 512, 512], [18944] * 2),
+}
+"""Hidden size, rows of q, k, v, and of gate, up."""
 
 
 @dataclass
@@ -65,6 +74,7 @@ class Run:
     deadline: float
     models: list[dict[str, Any]] = field(default_factory=list)
     kernels: list[dict[str, Any]] = field(default_factory=list)
+    projections: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     def fits(self, what: str, seconds: float) -> bool:
@@ -78,33 +88,34 @@ class Run:
     def write(self) -> None:
         """JSON with every figure, Markdown with the tables."""
         about = {**environment(), "device": device_name(self.device), "quick": self.quick}
-        data = {"environment": about, "models": self.models, "kernels": self.kernels, "left_out": self.left_out}
-        slug = "".join(c if c.isalnum() else "-" for c in about["device"].lower())
-        self.folder.mkdir(parents=True, exist_ok=True)
+        tables = {"models": self.models, "kernels": self.kernels, "projections": self.projections}
+        data = {"environment": about, "text_tokens": TEXT, **tables, "left_out": self.left_out}
         for ending, text in (("json", json.dumps(data, indent=2)), ("md", markdown(data))):
-            part = self.folder / f"gpu-{slug}.{ending}.part"
-            part.write_text(text + "\n", encoding="utf-8")
-            part.replace(part.with_suffix(""))
+            replace(self.path.with_suffix(f".{ending}"), text + "\n")
+
+    @property
+    def path(self) -> Path:
+        """Where results go, without the ending."""
+        return self.folder / f"gpu-{''.join(c if c.isalnum() else '-' for c in device_name(self.device).lower())}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds; runs on a CPU")
     parser.add_argument("--minutes", type=float, default=8.5, help="what there is time for")
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not (options.quick or torch.cuda.is_available()):
         parser.error("there is no GPU here; --quick -o DIR runs small shapes on the CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(device, options.quick, options.output, time.monotonic() + 60 * options.minutes)
     kernel_table(run)
+    projection_table(run)
     for name, shape in (QUICK if run.quick else SHAPES).items():
         if run.fits(name, 45):
             model_rows(run, name, shape)
     run.write()
-    print(
-        (run.folder / f"gpu-{''.join(c if c.isalnum() else '-' for c in device_name(device).lower())}.md").read_text()
-    )
+    print(run.path.with_suffix(".md").read_text())
 
 
 def device_name(device: torch.device) -> str:
@@ -131,7 +142,10 @@ def model_rows(run: Run, name: str, shape: dict[str, Any]) -> None:
                 times = measure(contenders, inputs, 2 if run.quick else 5, 4 if run.quick else 8)
                 for label, timing in times.items():
                     peak = peak_bytes(run.device, partial(contenders[label], **inputs))
-                    run.models.append(row(name, backend, batch, label, timing, peak, programs))
+                    found = row(name, backend, batch, label, timing, peak, programs)
+                    if run.device.type == "cuda" and label in programs:
+                        found |= captured_decode(programs[label], inputs)
+                    run.models.append(found)
                 run.write()
 
 
@@ -152,6 +166,43 @@ def row(
         "flops": spent.first_token_flops,
         "predicted_s": spent.first_token_s,
     }
+
+
+def captured_decode(program: Any, inputs: dict[str, Tensor], steps: int = 8) -> dict[str, Any]:
+    """Median seconds of decode steps that are CUDA graphs, the captures not counted."""
+    try:
+        program.capture_steps()
+        out, times = program(**inputs), []
+        token = inputs["input_ids"][:, -1:]
+        for _ in range(2 + steps):
+            out, spent = timed(partial(program, input_ids=token, past_key_values=out.past_key_values))
+            times.append(spent)
+        return {"captured_decode_s": statistics.median(times[2:])}
+    except Exception as error:  # a figure that is missing, not the end
+        return {"captured_error": str(error).splitlines()[0]}
+    finally:
+        program.capture_steps(False)
+
+
+def projection_table(run: Run) -> None:
+    """q, k and v, and gate and up, as one matmul with the weights behind one another, against one each."""
+    shapes = {"small": (64, [64, 32, 32], [128, 128])} if run.quick else PROJECTIONS
+    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    for name, (hidden, *groups) in shapes.items():
+        for widths in groups:
+            for tokens in (1, 8) if run.quick else (1, 32, 640, 8 * 640):
+                if not run.fits(f"projections of {name}, {tokens} tokens", 2):
+                    continue
+                x = torch.randn(tokens, hidden, device=run.device, dtype=dtype)
+                weights = [torch.randn(width, hidden, device=run.device, dtype=dtype) for width in widths]
+                whole = torch.cat(weights)
+                seconds = 0.05 if run.quick else 0.2
+                apart = median_of(lambda x=x, ws=weights: [linear(x, w) for w in ws], seconds)
+                fused = median_of(lambda x=x, w=whole: linear(x, w), seconds)
+                run.projections.append(
+                    {"model": name, "widths": widths, "tokens": tokens, "apart_s": apart, "fused_s": fused}
+                )
+    run.write()
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
@@ -228,65 +279,6 @@ def flex(q: Tensor, k: Tensor, v: Tensor, side: int, radius: int) -> Callable[[]
     mask = create_block_mask(near, None, None, side * side, side * side, device=q.device)
     compiled = torch.compile(flex_attention)
     return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def markdown(data: dict[str, Any]) -> str:
-    about = data["environment"]
-    lines = [
-        f"# {about['device']}",
-        "",
-        f"`python benchmarks/gpu.py{' --quick' if about['quick'] else ''}`: foveate {about['foveate']}, torch "
-        f"{about['torch']}, transformers {about['transformers']}; random weights, {TEXT} text tokens, one image a "
-        "prompt; medians. *Gain* is over the dense program of the same backend, *share* the gain over the FLOP ratio.",
-        "",
-        "| model | backend | batch | passes | first token ms | gain | share | predicted ms | decode ms | gain | GiB |",
-        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for r in data["models"]:
-        key = (r["model"], r["batch"])
-        base = next(
-            (b for b in data["models"] if (b["model"], b["batch"]) == key and b["passes"] == "dense"
-             and b["backend"] == r["backend"]), None
-        )  # fmt: skip
-        gain = base["first_token_s"] / r["first_token_s"] if base else None
-        share = gain / (base["flops"] / r["flops"]) if base and gain else None
-        step = base["decode_s"] / r["decode_s"] if base else None
-        lines.append(
-            f"| {r['model']} | {r['backend']} | {r['batch']} | {r['passes']} | {1e3 * r['first_token_s']:.1f} | "
-            f"{x(gain)} | {'' if share is None else f'{share:.2f}'} | {1e3 * r['predicted_s']:.1f} | "
-            f"{1e3 * r['decode_s']:.2f} | {x(step)} | {r['peak_bytes'] / 2**30:.1f} |"
-        )
-    lines += [
-        "",
-        "## Neighbour attention, causal, bf16, heads of 128",
-        "",
-        "Microseconds; *bound* is reading and writing alone at the H200's data-sheet bandwidth.",
-        "",
-        "| heads | tokens | radius | dense SDPA | foveate | form | over SDPA | Triton | over SDPA | FlexAttention | "
-        "bound | backward | error |",
-        "|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for r in data["kernels"]:
-        cells = [
-            us(r.get(f"{name}_s")) for name in ("sdpa", "foveate", "triton", "flex", "bandwidth_bound", "backward")
-        ]
-        over = [x(r["sdpa_s"] / r[f"{name}_s"]) if r.get(f"{name}_s") else "" for name in ("foveate", "triton")]
-        error = f"{r['error']:.1e}" if "error" in r else ""
-        lines.append(
-            f"| {r['heads'][0]}/{r['heads'][1]} | {r['tokens']} | {r['radius']} | {cells[0]} | {cells[1]} | "
-            f"{r['form']} | {over[0]} | {cells[2]} | {over[1]} | {cells[3]} | {cells[4]} | {cells[5]} | {error} |"
-        )
-    if data["left_out"]:
-        lines += ["", "Left out for lack of time: " + "; ".join(data["left_out"]) + "."]
-    return "\n".join(lines)
-
-
-def x(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}x"
-
-
-def us(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e6 * seconds:.1f}"
 
 
 if __name__ == "__main__":

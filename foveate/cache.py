@@ -7,32 +7,37 @@ from typing import Any
 from torch import Tensor
 
 from foveate.errors import InputError
+from foveate.ops import PAD
 
 GROWTH = 128
 """Room for this many more text tokens is added whenever the text part is full."""
 
 
 class Growing:
-    """A tensor [B, ..., tokens at `dim`, ...] that grows without copying itself at every step."""
+    """A tensor [B, ..., tokens at `dim`, ...] that grows without copying itself at every step; free room is `empty`."""
 
-    def __init__(self, start: Tensor, dim: int) -> None:
+    def __init__(self, start: Tensor, dim: int, empty: int = 0) -> None:
         self.dim = dim
+        self.empty = empty
         self.length = 0
-        self.buffer = start.new_empty(0)
+        self.buffer = start.narrow(dim, 0, 0)
         self.append(start)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many more."""
+        end = self.length + tokens
+        if end > self.buffer.shape[self.dim]:
+            shape = list(self.buffer.shape)
+            shape[self.dim] = end + GROWTH
+            buffer = self.buffer.new_full(shape, self.empty)
+            buffer.narrow(self.dim, 0, self.length).copy_(self.view())
+            self.buffer = buffer
 
     def append(self, new: Tensor) -> None:
         """Write `new` behind what is there."""
-        end = self.length + new.shape[self.dim]
-        if self.buffer.numel() == 0 or end > self.buffer.shape[self.dim]:
-            shape = list(new.shape)
-            shape[self.dim] = end + GROWTH
-            buffer = new.new_empty(shape)
-            if self.length:
-                buffer.narrow(self.dim, 0, self.length).copy_(self.view())
-            self.buffer = buffer
-        self.buffer.narrow(self.dim, self.length, end - self.length).copy_(new)
-        self.length = end
+        self.reserve(new.shape[self.dim])
+        self.buffer.narrow(self.dim, self.length, new.shape[self.dim]).copy_(new)
+        self.length += new.shape[self.dim]
 
     def view(self) -> Tensor:
         """What has been written."""
@@ -59,6 +64,8 @@ class VisualTextCache:
         self.prefix = -1
         self.seen = 0
         self.next_position: Tensor | None = None
+        self.step: Any = None  # what `foveate.steps` captured over these buffers
+        self.reordered = False
 
     def fill(
         self, kv: list[Any], orders: dict[str, Tensor], text_order: Tensor, prefix: int, seen: int, position: Tensor
@@ -71,12 +78,18 @@ class VisualTextCache:
                 self.fixed[f"visual_k_{layer}"] = k_visual.contiguous()
                 self.fixed[f"visual_v_{layer}"] = v_visual.contiguous()
         self.fixed |= orders
-        self.text["past_order"] = Growing(text_order, 1)
+        self.text["past_order"] = Growing(text_order, 1, PAD)
         self.prefix, self.seen, self.next_position = prefix, seen, position
 
-    def extend(self, kv: list[Any], order: Tensor) -> None:
-        """Take over the keys and values of new text tokens [B, Hk, T, e] and their order [B, T]."""
-        for layer, (_, _, k_text, v_text) in enumerate(kv):
+    def extend(self, kv: list[Any] | None, order: Tensor) -> None:
+        """Take over the keys and values of new text tokens [B, Hk, T, e] and their order [B, T].
+
+        kv: None where they stand in the buffers already, behind the others.
+        """
+        for name, part in self.text.items():
+            if kv is None and name != "past_order":
+                part.length += order.shape[1]
+        for layer, (_, _, k_text, v_text) in enumerate(kv or []):
             self.text[f"past_k_{layer}"].append(k_text)
             self.text[f"past_v_{layer}"].append(v_text)
         self.text["past_order"].append(order)
@@ -84,9 +97,10 @@ class VisualTextCache:
         self.next_position = self.next_position + order.shape[1]
         self.seen += order.shape[1]
 
-    def inputs(self) -> dict[str, Tensor | int]:
-        """Cached inputs of the decode graph."""
-        return {**self.fixed, **{name: part.view() for name, part in self.text.items()}, "prefix": self.prefix}
+    def inputs(self, whole: bool = False) -> dict[str, Tensor | int]:
+        """Cached inputs of the decode graph; `whole` with the room for growth, whose order is `PAD`."""
+        text = {name: part.buffer if whole else part.view() for name, part in self.text.items()}
+        return {**self.fixed, **text, "prefix": -1 if whole else self.prefix}
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held (without the room for growth)."""
@@ -99,6 +113,7 @@ class VisualTextCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order, as beam search asks."""
+        self.reordered = True
         rows = beam_idx.to(self.text["past_order"].buffer.device)
         self.fixed = {name: value.index_select(0, rows) for name, value in self.fixed.items()}
         for part in self.text.values():

@@ -21,6 +21,7 @@ from foveate.ir.program import Program
 from foveate.ir.train import derive_train
 from foveate.ir.weights import linear_weights
 from foveate.labels import NO_LABEL, asked_of, next_labels
+from foveate.steps import Capture, captured, cuda_graph
 from foveate.streams import Stream, Streams, arrange
 
 OWN = "weights."
@@ -44,6 +45,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         self.weights = program.weights
         self.program = program
         self.backend = backend
+        self.capture: Capture | None = None
         program.weights.as_linears(linear_weights(program))
         self._lower()
         self.eval()
@@ -63,6 +65,13 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             )
         super()._apply(fn, recurse)
         self._lower()
+        return self
+
+    def capture_steps(self, wanted: bool = True) -> OptimizedModel:
+        """Run decode steps as CUDA graphs from now on (one token a row, no beam search); InputError without a GPU."""
+        if wanted and self.device.type != "cuda":
+            raise InputError(f"decode steps are captured on a CUDA device; this model is on {self.device}")
+        self.capture = cuda_graph if wanted else None
         return self
 
     def report(self) -> Any:
@@ -167,16 +176,19 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         steps = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
         order = steps + cache.seen
         assert cache.next_position is not None  # a filled cache has it
-        out = self._run["decode"](
-            {
-                **cache.inputs(),
-                "text": self._embed(input_ids),
-                "text_position_ids": steps + cache.next_position,
-                "text_order": order.contiguous(),
-            }
-        )
-        cache.extend(out["kv"], order)
-        return NextToken(logits=out["logits"], past_key_values=cache)
+        inputs = {
+            "text": self._embed(input_ids),
+            "text_position_ids": steps + cache.next_position,
+            "text_order": order.contiguous(),
+        }
+        if self.capture is not None and tokens == 1 and not cache.reordered and not torch.is_grad_enabled():
+            logits = captured(self._run["decode"], cache, inputs, self.capture)
+            cache.extend(None, order)
+        else:
+            out = self._run["decode"]({**cache.inputs(), **inputs})
+            logits = out["logits"]
+            cache.extend(out["kv"], order)
+        return NextToken(logits=logits, past_key_values=cache)
 
     def _features(self, pixel_values: Tensor | None, run: Mapping[str, Runner]) -> Tensor | None:
         """Visual embeddings [I, tokens per image, D] of all images of the batch."""

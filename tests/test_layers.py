@@ -24,7 +24,8 @@ ALLOWED = {
     "streams": BASE | {"ir"},
     "labels": BASE | {"streams"},
     "generation": BASE | {"ir", "cache"},
-    "model": BASE | {"ir", "backends", "cache", "streams", "labels", "generation", "artifact", "report"},
+    "steps": BASE | {"backends", "cache"},
+    "model": BASE | {"ir", "backends", "cache", "streams", "labels", "generation", "steps", "artifact", "report"},
 }
 EVERYTHING = {"api", "artifact", "calibrate", "cli", "report", "bench", "evaluate", "examples", "machine", "train"} | {
     "__init__"
