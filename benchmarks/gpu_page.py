@@ -12,8 +12,8 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/gpu.py{' --quick' if about['quick'] else ''}`: foveate {about['foveate']}, torch "
         f"{about['torch']}, transformers {about['transformers']}; random weights, {data['text_tokens']} text "
-        "tokens, one image a prompt; medians. *Gain* is over the dense program of the same backend, *share* the gain over "
-        "the FLOP ratio, *captured* a step as a CUDA graph.",
+        "tokens, one image a prompt; medians. *Gain* is over the dense program of the same backend, *share* the gain "
+        "over the FLOP ratio, *captured* a step as a CUDA graph.",
         "",
         "| model | backend | batch | passes | first token ms | gain | share | predicted ms | decode ms | gain | "
         "captured ms | GiB |",

@@ -29,8 +29,8 @@ FULL = {
     "visual-tokens": 576,
     "text-tokens": 64,
     "threads": 2,
-    "repeat": 15,
-    "new-tokens": 16,
+    "repeat": 9,
+    "new-tokens": 8,
 }
 SMALL = {"layers": 8, "hidden": 128, "ffn": 352, "visual-tokens": 64, "text-tokens": 16, "threads": 1}
 QUICK = {**FULL, **SMALL, "repeat": 2, "new-tokens": 2}

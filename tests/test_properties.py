@@ -2,6 +2,7 @@
 
 import warnings
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -88,6 +89,7 @@ def cases(draw):
     return (layers, heads, kv_heads), passes, masks, prompt
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(cases())
 def test_any_pipeline_equals_the_masked_oracle(case):

@@ -18,7 +18,7 @@ from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import info, outputs
 from foveate.ir.rewriter import Rewriter
-from foveate.passes.base import Pass, Skipped, count_of, first_blind_layer, layers_text, number
+from foveate.passes.base import Pass, Skipped, count_of, first_blind_layer, layers_text, number, whole
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class CutVisual(Pass):
     """Layers from `from_layer` on see text only; or the `last` ones, as YOPO counts them.
 
     from_layer: 0 (the image is not seen at all) to the number of layers (nothing is cut); 0.5 is half of them. last: a
-    number or share of layers in the same way. from_layer=auto: VTW's rule, the first layer at which a cut moves the
-    first output token by a KL divergence of at most `eta`, on average over the samples of the statistics (stats: a file
-    made by `foveate calibrate`). VTW: 0.003 for LLaVA-1.5-7B, 0.0005 for 13B, from layer 5 on.
+    number or share of layers in the same way. from_layer=auto: VTW's rule, the first layer from `floor` on at which a
+    cut moves the first output token by a KL divergence of at most `eta`, on average over the samples of the statistics
+    (stats: a file made by `foveate calibrate`). VTW: floor 5, eta 0.003 for LLaVA-1.5-7B, 0.0005 for 13B.
     """
 
     name: ClassVar[str] = "cut-visual"
@@ -37,12 +37,14 @@ class CutVisual(Pass):
     from_layer: int | float | Literal["auto"] | None = None
     last: int | float | None = None
     eta: float = 0.003
+    floor: int = 5
     stats: str | None = None
 
     def __post_init__(self) -> None:
         if (self.from_layer is None) == (self.last is None):
             raise PassError(f"{self.name}: give either from_layer or last, as in {self.name}{{from_layer=16}}")
         self.require(number(self.eta) and self.eta >= 0, "eta", "a divergence in nats, 0 or more")
+        self.require(whole(self.floor) and self.floor >= 0, "floor", "a layer number, 0 or more")
         self.require(self.stats is None or isinstance(self.stats, str), "stats", "a file made by `foveate calibrate`")
         if self.stats is not None and self.from_layer != "auto":
             raise PassError(f"{self.name}: stats has no meaning here; it belongs to from_layer=auto")
@@ -91,7 +93,13 @@ class CutVisual(Pass):
         """The first layer that VTW's rule allows."""
         found = self.statistics(edit, self.stats, "from_layer=auto")
         means = (found.cut_kl / found.samples).tolist()
-        for layer, mean in enumerate(means):
+        allowed = means[self.floor :]
+        if not allowed:
+            raise Skipped(f"the model has {len(means)} layers, none from floor={self.floor} on; give a lower floor")
+        for layer, mean in enumerate(allowed, self.floor):
             if mean <= self.eta:
                 return layer
-        raise Skipped(f"no cut moves the first token by at most eta={self.eta:g}; the least is {min(means):.2g}")
+        raise Skipped(
+            f"no cut from layer {self.floor} on moves the first token by at most eta={self.eta:g}; the least is "
+            f"{min(allowed):.2g}"
+        )

@@ -38,11 +38,11 @@ PROMPTS: tuple[dict[str, Any], ...] = (
 _TRACED: dict[int, tuple[Any, Program]] = {}
 
 
-def optimize(model: Any, passes: Any) -> OptimizedModel:
+def optimize(model: Any, passes: Any, calibration: Any = None) -> OptimizedModel:
     """`foveate.optimize` on one trace a model, which is most of the time it takes on a tiny one."""
     if id(model) not in _TRACED:
         _TRACED[id(model)] = (model, foveate.trace(model))
-    return foveate.optimize(model, passes, traced=_TRACED[id(model)][1])
+    return foveate.optimize(model, passes, calibration, traced=_TRACED[id(model)][1])
 
 
 def check_pass(

@@ -99,13 +99,15 @@ def test_neurons_by_activity(mha: Any, found: Statistics, file: str) -> None:
 def test_the_first_layer_whose_cut_moves_the_prediction_little_enough(mha: Any, found: Statistics, file: str) -> None:
     found = replace(found, cut_kl=SAMPLES * torch.tensor([0.5, 0.004, 0.002, 0.0], dtype=torch.float64))
     found.save(Path(file))
-    check_pass(mha, [CutVisual("auto", stats=file)], Masks(cut_from=2), [{}])
-    assert foveate.optimize(mha, "cut-visual{from_layer=auto,eta=0.004}", found).report()
-    for text, first in (("{from_layer=auto,eta=0.004}", 1), ("{from_layer=auto,eta=1e-3}", 3)):
-        note = foveate.optimize(mha, f"cut-visual{text}", found).program.passes[0].notes[0]
+    check_pass(mha, [CutVisual("auto", floor=0, stats=file)], Masks(cut_from=2), [{}])
+    assert optimize(mha, "cut-visual{from_layer=auto,eta=0.004,floor=1}", found).report()
+    for text, first in (("{from_layer=auto,eta=0.004,floor=1}", 1), ("{from_layer=auto,eta=0.01,floor=3}", 3)):
+        note = optimize(mha, f"cut-visual{text}", found).program.passes[0].notes[0]
         assert f"layer{'s' if first < 3 else ''} {first}" in note
-    with pytest.warns(FoveateWarning, match="no cut moves the first token by at most eta=0; the least is 0.1"):
-        foveate.optimize(mha, "cut-visual{from_layer=auto,eta=0}", replace(found, cut_kl=found.cut_kl + 0.5))
+    with pytest.warns(FoveateWarning, match="no cut from layer 1 on moves .* eta=0; the least is 0.1"):
+        optimize(mha, "cut-visual{from_layer=auto,eta=0,floor=1}", replace(found, cut_kl=found.cut_kl + 0.5))
+    with pytest.warns(FoveateWarning, match="the model has 4 layers, none from floor=5 on"):
+        optimize(mha, "cut-visual{from_layer=auto}", found)
     with pytest.raises(PassError, match="it belongs to from_layer=auto"):
         CutVisual(2, stats=file)
     with pytest.raises(PassError, match="from_layer=auto needs statistics"):
@@ -116,11 +118,10 @@ def test_a_pipeline_s_calibration_is_used_where_a_pass_has_no_file_of_its_own(
     mha: Any, found: Statistics, file: str, tmp_path: Path
 ) -> None:
     other = replace(found, mass=0.2 - found.mass, neurons=-found.neurons)
-    traced = foveate.trace(mha)
 
     def logits(passes: Any, calibration: Any = None) -> torch.Tensor:
         with torch.inference_mode():
-            return foveate.optimize(mha, passes, calibration, traced=traced)(**random_inputs(mha)).logits
+            return optimize(mha, passes, calibration)(**random_inputs(mha)).logits
 
     for text in (
         "drop-visual-heads{alpha=0.1%s}",
@@ -152,7 +153,7 @@ def test_passes_without_statistics_say_what_is_missing(mha: Any, found: Statisti
         small = foveate.models.random.random_llava(heads=2, ffn=FFN)
         foveate.optimize(small, DropVisualHeads(alpha=0.1), found)
     with pytest.raises(PassError, match="statistics are of no sample"):
-        foveate.optimize(mha, DropVisualHeads(alpha=0.1), Statistics.empty(foveate.trace(mha).info))
+        optimize(mha, DropVisualHeads(alpha=0.1), Statistics.empty(foveate.trace(mha).info))
 
 
 @pytest.mark.parametrize(
@@ -182,4 +183,4 @@ def test_stats_of_neurons_need_select_activity() -> None:
 
 def test_nothing_to_drop_is_said(mha: Any, found: Statistics) -> None:
     with pytest.warns(FoveateWarning, match="has a head to drop"):
-        foveate.optimize(mha, "drop-visual-heads{alpha=0}", replace(found, mass=found.mass + 1))
+        optimize(mha, "drop-visual-heads{alpha=0}", replace(found, mass=found.mass + 1))
