@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_page import markdown, plot
+from accuracy_page import markdown, write
 from writing import RESULTS, replace
 
 import foveate
@@ -95,7 +95,7 @@ BLIND = "cut-visual{from_layer=0}"
 
 
 def main() -> None:
-    """Choose settings by cost; ask, train and ask again; write JSON, Markdown and a picture after every row."""
+    """Choose settings by cost; ask, train and ask again; write JSON after every row, Markdown and a picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few questions, two steps; needs -o")
     parser.add_argument("--jobs", type=int, default=2, help="rows at once, one thread each (default: 2)")
@@ -119,8 +119,7 @@ def main() -> None:
             print(f"{row['passes'] or 'dense'}: {row['right']} -> {row['right_trained']}", file=sys.stderr, flush=True)
             result["rows"].append(row)
             replace(folder / "accuracy-digits.json", json.dumps(result, indent=2) + "\n")
-            replace(folder / "accuracy-digits.md", markdown(result))
-    plot(result, folder / "accuracy-digits.png")
+    write(result, folder)
     print(markdown(result))
 
 

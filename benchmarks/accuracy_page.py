@@ -1,11 +1,16 @@
-"""The table and the picture of accuracy.py's results."""
+"""The table and the picture of accuracy.py's results; run it to write them, and docs' page, from the JSON again."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from writing import versions, wilson
+from writing import RESULTS, replace, versions, wilson
+
+DOCS = Path(__file__).parents[1] / "docs"
+MARKS = "<!-- table of benchmarks/accuracy.py -->", "<!-- end of table -->"
+"""Between these the page in docs holds the table."""
 
 TITLES = {"lookup": "look-up", "row": "rows", "count": "count"}
 JUDGED = ("lookup", "row")
@@ -35,9 +40,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{versions(result['environment'])}. Held-out questions: {asked} (seeds {seeds}). ±: half of a 95% "
         "interval, in points.",
         "",
-        f"| strategy | passes | prefill FLOPs | {' | '.join(TITLES[task] for task in questions)} |",
-        f"|---|---|--:|{'--:|' * len(questions)}",
-        *(_row(entry, questions) for entry in result["rows"]),
+        table(result),
         "",
         "Each score: as pruned -> **after a short fine-tune** of the decoder's weights (the last row: LoRA, rank 16), "
         f"{result['steps']} steps of {result['batch']} questions about training digits.",
@@ -46,6 +49,17 @@ def markdown(result: dict[str, Any]) -> str:
         "The model does not count (`1` every time would be right as often): judge by the other two columns.",
         "`no image` never sees it: what training gives back there is guessing.",
         "",
+    ]
+    return "\n".join(lines)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A line for each strategy at each setting."""
+    questions = result["questions"]
+    lines = [
+        f"| strategy | passes | prefill FLOPs | {' | '.join(TITLES[task] for task in questions)} |",
+        f"|---|---|--:|{'--:|' * len(questions)}",
+        *(_row(entry, questions) for entry in result["rows"]),
     ]
     return "\n".join(lines)
 
@@ -85,7 +99,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 y = [100 * r[key][task] / n for r in rows]
                 label = name if key == "right_trained" else None
                 axis.plot(x, y, line, color=color, marker=marker, markerfacecolor=fill, label=label, lw=1.2, ms=6)
-        axis.set_title(f"{TITLES[task]} questions, {n} held out")
+        axis.set_title(f"{TITLES[task]}: {n} held-out questions")
         axis.set_xlabel("decoder prefill FLOPs, % of dense")
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.25)
@@ -93,3 +107,23 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle("digits: hollow, dotted: as pruned; filled: after a short fine-tune", fontsize=11)
     figure.savefig(path, dpi=130)
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Markdown and PNG beside the JSON."""
+    replace(folder / "accuracy-digits.md", markdown(result))
+    plot(result, folder / "accuracy-digits.png")
+
+
+def main() -> None:
+    """Everything that shows the committed results, from their JSON."""
+    result = json.loads((RESULTS / "accuracy-digits.json").read_text(encoding="utf-8"))
+    write(result, RESULTS)
+    plot(result, DOCS / "accuracy.png")
+    page = DOCS / "accuracy.md"
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    replace(page, before + MARKS[0] + "\n\n" + table(result) + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1])
+
+
+if __name__ == "__main__":
+    main()

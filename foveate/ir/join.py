@@ -62,6 +62,8 @@ class _Joiner:
         self.pairs = self._find_pairs()
         self.alone: dict[fx.Node, fx.Node] = {}
         self.joined: dict[Pair, fx.Node] = {}
+        self.orders = [n for n in graph.nodes if n.op == "placeholder" and n.name == "visual_order"]
+        self.orders += outputs(graph).get("kept", {}).values()
         self.counts: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> fx.Graph:
@@ -244,9 +246,7 @@ class _Joiner:
     def _count(self, visual: fx.Node) -> fx.Node:
         """How many visual tokens a value has, as a node; the order tensor of the same length knows."""
         size = visual.meta["val"].shape[self.axes[visual]]
-        orders = [n for n in self.graph.nodes if n.op == "placeholder" and n.name == "visual_order"]
-        orders += outputs(self.graph)["kept"].values()
-        order = next(n for n in orders if _same_size(n.meta["val"].shape[1], size))
+        order = next(n for n in self.orders if _same_size(n.meta["val"].shape[1], size))
         if order not in self.counts:
             about = NodeInfo(-1, "visual_tokens", "none", "join")
             self.counts[order] = self.edit.call(aten.sym_size.int, self._one(order), 1, about=about)

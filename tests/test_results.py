@@ -1,0 +1,39 @@
+"""What pages show of benchmarks is what the benchmarks wrote."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`benchmarks/accuracy_page.py`, which finds its neighbours as a script does."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import accuracy_page
+
+    yield accuracy_page
+    for name in ("accuracy_page", "writing"):
+        sys.modules.pop(name, None)
+
+
+def test_the_accuracy_page_shows_the_committed_results(page: Any) -> None:
+    result = json.loads((RESULTS / "accuracy-digits.json").read_text(encoding="utf-8"))
+    assert (RESULTS / "accuracy-digits.md").read_text(encoding="utf-8") == page.markdown(result)
+    shown = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    assert page.table(result) in shown
+    assert "](accuracy.png)" in shown and (ROOT / "docs" / "accuracy.png").is_file()
+
+
+def test_every_strategy_has_a_style_and_fewer_flops_than_dense(page: Any) -> None:
+    rows = json.loads((RESULTS / "accuracy-digits.json").read_text(encoding="utf-8"))["rows"]
+    names = {row["name"] for row in rows}
+    assert names - {"no image"} == set(page.STYLES)
+    assert all(row["prefill_flops_share"] < 1 for row in rows if row["name"] != "dense")
