@@ -36,7 +36,7 @@ def test_passes_and_their_options():
         for name, cls in foveate.passes.PASSES.items()
     }
     assert options == {
-        "cut-visual": {"from_layer": None, "last": None, "eta": 0.003, "stats": None},
+        "cut-visual": {"from_layer": None, "last": None, "eta": 0.003, "floor": 5, "stats": None},
         "drop-visual-heads": {
             "keep": None,
             "mask": None,
@@ -49,7 +49,14 @@ def test_passes_and_their_options():
             "stats": None,
             "renorm": True,
         },
-        "drop-visual-neurons": {"keep": 0.5, "select": "prefix", "seed": 0, "from_layer": 0, "stats": None},
+        "drop-visual-neurons": {
+            "keep": 0.5,
+            "select": "prefix",
+            "seed": 0,
+            "from_layer": 0,
+            "multiple_of": None,
+            "stats": None,
+        },
         "fastv": {"layer": 2, "keep": 0.5},
         "neighbor-attention": {"metric": "chebyshev", "causal": False, "see_prefix": True, "layers": None},
         "random-prune": {"layer": 2, "keep": 0.5, "seed": 0},
