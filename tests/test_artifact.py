@@ -77,6 +77,7 @@ def test_saving_what_was_loaded_gives_the_same_files(whole: Path, tmp_path: Path
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_bfloat16_comes_back_bit_by_bit(tmp_path: Path) -> None:
     dtype = torch.bfloat16
     source = llava(layers=2, dtype=dtype)

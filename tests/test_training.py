@@ -108,6 +108,7 @@ def test_what_is_returned_with_labels() -> None:
     assert torch.allclose(out.loss, mean)
 
 
+@pytest.mark.slow
 def test_the_trainer_saves_what_loads_and_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     whole, stopped, data = fresh(), fresh(), examples(16)
     options = {"gradient_accumulation_steps": 2}

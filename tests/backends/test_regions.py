@@ -58,6 +58,7 @@ def test_regions_in_turn_are_the_graph(pipeline: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("pipeline", ["", "drop-visual-heads{keep=2},drop-visual-neurons,cut-visual{from_layer=0.5}"])
+@pytest.mark.slow
 def test_a_deeper_model_has_no_more_functions(pipeline: str) -> None:
     counts = []
     for layers in (12, 24):

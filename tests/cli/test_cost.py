@@ -64,6 +64,7 @@ def test_number_formats(run: Any) -> None:
     assert wide["kv_bytes"] == 8 * narrow["kv_bytes"]
 
 
+@pytest.mark.slow
 def test_a_saved_folder_is_set_beside_the_model_it_was_made_from(run: Any, folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     assert run("optimize", folder, "-p", CUT, "-o", saved).exit_code == 0
@@ -81,6 +82,7 @@ def test_a_folder_needs_no_weights(run: Any, folder: Path, tmp_path: Path) -> No
     assert told(run, tmp_path, "-p", CUT)["dense"] == told(run, folder, "-p", CUT)["dense"]
 
 
+@pytest.mark.slow
 def test_a_calibrated_device_is_one_to_forecast_for(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from foveate import machine
 

@@ -42,6 +42,7 @@ def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.slow
 def test_the_whole_story(run: Run, tmp_path: Path) -> None:
     result = run("demo", "--quick", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr

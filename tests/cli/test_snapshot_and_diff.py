@@ -128,6 +128,7 @@ def test_formats_go_to_stdout_or_a_file(
     assert path.read_text() == shown
 
 
+@pytest.mark.slow
 def test_models_are_compared_at_the_sizes_of_a_snapshot(run: Run, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     run("snapshot", folder, "--device", "l4", "--text-tokens", 30, "--dtype", "float16", "-o", path)
@@ -146,6 +147,7 @@ def test_two_recipes_of_one_model(run: Run, folder: Path) -> None:
     assert told["changed"]
 
 
+@pytest.mark.slow
 def test_a_folder_saved_by_foveate(run: Run, folder: Path, saved: Path) -> None:
     told = json.loads(run("diff", folder, saved, "--passes-a", "fastv{layer=1,keep=0.5}", "--json").stdout)
     assert not told["changed"] and told["b"]["passes"] == ["fastv{layer=1}"]

@@ -48,6 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(foveate.load(folder).weights.items())
 
 
+@pytest.mark.slow
 def test_a_saved_folder_is_trained_into_a_new_one(run: Run, saved: Path, data: Path, tmp_path: Path) -> None:
     result = run("train", saved, "--data", data, "-o", tmp_path / "out", *FEW, "--json")
     assert result.exit_code == 0, result.stderr
@@ -64,6 +65,7 @@ def test_a_saved_folder_is_trained_into_a_new_one(run: Run, saved: Path, data: P
     assert again.exit_code == 2 and "exists already" in again.stderr
 
 
+@pytest.mark.slow
 def test_lora_is_merged_and_leaves_the_rest_alone(run: Run, folder: Path, data: Path, tmp_path: Path) -> None:
     result = run(
         "train", folder, "-p", PASSES, "--data", data / "train.jsonl", "-o", tmp_path / "out", *FEW, "--lora-rank", 2

@@ -160,6 +160,7 @@ def test_a_short_name_that_is_taken_stays_long() -> None:
     assert "l1_visual" in names and "visual" not in names
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes() -> None:
     pipeline = "fastv{layer=1,keep=0.5},drop-visual-heads{keep=2,from_layer=1}"
     code = (
