@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from writing import RESULTS, replace
 
 import foveate
 from foveate.bench import measure
@@ -25,7 +26,6 @@ from foveate.models.random import random_inputs, random_llava
 from foveate.report.compare import batch_inputs, token_counts
 from foveate.report.figures import percent, times
 
-RESULTS = Path(__file__).parent / "results"
 TEXT = 64
 MODELS: dict[str, dict[str, int]] = {
     "12 layers, 1024 wide, 576 tokens": {"layers": 12, "hidden": 1024, "heads": 16, "ffn": 2816, "visual_tokens": 576},
@@ -129,8 +129,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "forecast-cpu")
     options = parser.parse_args()
     result = run(options.threads, options.repeat)
-    options.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    options.output.with_suffix(".md").write_text(to_markdown(result), encoding="utf-8")
+    replace(options.output.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    replace(options.output.with_suffix(".md"), to_markdown(result))
     print(to_markdown(result))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from writing import RESULTS, replace
 
 import foveate.kernels  # noqa: F401  registers the op
 from foveate import ops
@@ -28,7 +29,6 @@ from foveate.machine import environment, thread_count
 from foveate.neighborhood import Call, Grids
 from foveate.neighborhood.plan import blocks_layout, tiles_layout
 
-RESULTS = Path(__file__).parent / "results"
 SIDES = (24, 48, 64)
 RADII = (1, 2, 3, 5, 8, 13)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -200,8 +200,8 @@ def main() -> None:
     args = parser.parse_args()
     result = run(args.sides, args.radii, args.rounds, args.flex)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text(to_markdown(result), encoding="utf-8")
+    replace(args.output.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    replace(args.output.with_suffix(".md"), to_markdown(result))
     print(to_markdown(result))
 
 

@@ -81,15 +81,9 @@ class VisualTextCache:
         self.text["past_order"] = Growing(text_order, 1, PAD)
         self.prefix, self.seen, self.next_position = prefix, seen, position
 
-    def extend(self, kv: list[Any] | None, order: Tensor) -> None:
-        """Take over the keys and values of new text tokens [B, Hk, T, e] and their order [B, T].
-
-        kv: None where they stand in the buffers already, behind the others.
-        """
-        for name, part in self.text.items():
-            if kv is None and name != "past_order":
-                part.length += order.shape[1]
-        for layer, (_, _, k_text, v_text) in enumerate(kv or []):
+    def extend(self, kv: list[Any], order: Tensor) -> None:
+        """Take over the keys and values of new text tokens [B, Hk, T, e] and their order [B, T]."""
+        for layer, (_, _, k_text, v_text) in enumerate(kv):
             self.text[f"past_k_{layer}"].append(k_text)
             self.text[f"past_v_{layer}"].append(v_text)
         self.text["past_order"].append(order)

@@ -16,7 +16,7 @@ import torch
 from foveate.backends.eager import lower
 from foveate.errors import InputError
 from foveate.evaluate import Tick, silent
-from foveate.examples import Example
+from foveate.examples import Example, model_inputs
 from foveate.ir.observe import observe, only_statistics
 from foveate.ir.split import split
 from foveate.ir.statistics import Statistics
@@ -25,12 +25,8 @@ from foveate.models.registry import check_runs, family_of, trace_joint
 from foveate.ops import PAD
 from foveate.streams import Streams
 
-__all__ = ["Statistics", "calibrate", "unfinished"]
-
 SAVE_EVERY = 32
 """Samples between two saves of what was counted."""
-
-_TAKEN = ("input_ids", "attention_mask", "pixel_values")
 
 
 def unfinished(output: Path) -> Path:
@@ -130,8 +126,7 @@ def _processed(model: Any, processor: Any, examples: Sequence[Example]) -> dict[
     if length > longest:
         row = int(made["attention_mask"].sum(1).argmax())
         raise InputError(f"{examples[row].where}: the prompt is {length} tokens long, this model takes {longest}")
-    taken = {name: made[name].to(model.device) for name in _TAKEN if name in made}
-    return {n: x.to(model.dtype) if x.is_floating_point() else x for n, x in taken.items()}
+    return model_inputs(model, made)
 
 
 def _later(streams: Streams, examples: Sequence[Example]) -> torch.Tensor:

@@ -26,7 +26,7 @@ class InputError(FoveateError):
 
 
 class ArtifactError(FoveateError):
-    """A saved program is damaged, foreign, or not what its manifest says."""
+    """A saved program or file is damaged, foreign, or not what its manifest says, or it cannot be written."""
 
 
 class BackendError(FoveateError):

@@ -183,7 +183,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         }
         if self.capture is not None and tokens == 1 and not cache.reordered and not torch.is_grad_enabled():
             logits = captured(self._run["decode"], cache, inputs, self.capture)
-            cache.extend(None, order)
+            cache.extend([], order)
         else:
             out = self._run["decode"]({**cache.inputs(), **inputs})
             logits = out["logits"]

@@ -45,9 +45,9 @@ class CapturedStep:
 
     def __init__(self, run: Runner, cache: VisualTextCache, inputs: dict[str, Tensor], capture: Capture) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
-        self.slot = torch.zeros(1, dtype=torch.int64, device=inputs["text"].device)
+        # Where the new keys go.
+        self.slot = torch.full((1,), cache.text["past_order"].length, device=inputs["text"].device)
         self.buffers = _buffers(cache)
-        self._place(cache, inputs)
 
         def step() -> Tensor:
             out = run({**cache.inputs(whole=True), **self.inputs})
@@ -66,18 +66,18 @@ class CapturedStep:
 
     def __call__(self, cache: VisualTextCache, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [B, 1, V]; the new keys and values then stand in the buffers."""
-        self._place(cache, inputs)
-        self.replay()
-        return self.logits.clone()
-
-    def _place(self, cache: VisualTextCache, inputs: dict[str, Tensor]) -> None:
         for name, value in inputs.items():
             self.inputs[name].copy_(value)
         self.slot.fill_(cache.text["past_order"].length)
+        self.replay()
+        for name, part in cache.text.items():
+            if name != "past_order":
+                part.length += 1
+        return self.logits.clone()
 
 
 def captured(run: Runner, cache: VisualTextCache, inputs: dict[str, Tensor], capture: Capture) -> Tensor:
-    """The logits of the next step, captured first where it has to be; `cache.extend(None, order)` belongs behind it."""
+    """The logits of the next step, captured first where it has to be; `cache.extend([], order)` belongs behind it."""
     for part in cache.text.values():
         part.reserve(1)
     if cache.step is None or not cache.step.fits(cache):

@@ -10,9 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "foveate"
 
 # What each part may import from foveate, besides itself.
-BASE = {"errors", "ops", "neighborhood"}
+BASE = {"errors", "files", "ops", "neighborhood"}
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
     "ops": set(),
     "neighborhood": set(),
     "ir": BASE,

@@ -84,7 +84,8 @@ def _calibrate(out: Out, name: str, threads: int | None) -> None:
     """Write a device file and say what is in it."""
     from dataclasses import asdict
 
-    from foveate.cli.folders import check_file, write_whole
+    from foveate.cli.folders import check_file
+    from foveate.files import write_whole
     from foveate.machine import calibrate, thread_count
     from foveate.report.figures import count, percent
 

@@ -76,7 +76,7 @@ def command(model: str, recipes: tuple[str, ...], plot: str | None, as_json: boo
         if by:
             told["breakdown"] = _breakdown(out, report, by)
         if plot:
-            from foveate.cli.folders import write_whole
+            from foveate.files import write_whole
             from foveate.report.plot import forecast_png
 
             write_whole(check_file(plot, ".png"), forecast_png(report))

@@ -11,7 +11,8 @@ from typing import Any, overload
 from foveate.cli.errors import UseError
 from foveate.cli.models import DIGITS
 from foveate.cli.prompts import full_prompt
-from foveate.examples import Example
+from foveate.errors import FoveateError
+from foveate.examples import Example, check_image
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 KEYS = ("id", "image", "images", "prompt", "answer")
@@ -83,20 +84,11 @@ def _line(path: Path, number: int, line: str, processor: Any, answers: bool) -> 
 
 
 def _example(processor: Any, question: str, files: Sequence[Path], answer: str, place: str) -> Example:
-    from PIL import Image
-
-    for file in files:
-        # Only the header is looked at; what lies behind it is read when its turn comes.
-        try:
-            with Image.open(file):
-                pass
-        except FileNotFoundError:
-            raise UseError(f"{place}: there is no image {file}") from None
-        except Exception:  # Pillow's readers raise many kinds on damaged files
-            raise UseError(f"{place}: {file} is not an image that Pillow can read") from None
     try:
+        for file in files:
+            check_image(file)
         prompt = full_prompt(processor, question, len(files))
-    except UseError as error:
+    except FoveateError as error:
         raise UseError(f"{place}: {error}".replace(" for each --image", " for each")) from None
     return Example(prompt, tuple(files), answer, place)
 

@@ -61,8 +61,9 @@ def command(folder: str, quick: bool, as_json: bool) -> None:
 
     Takes at most three minutes on two cores. Writes kept-tokens.png, report.txt and foveate-demo.json.
     """
-    from foveate.cli.folders import own_folder, write_whole
+    from foveate.cli.folders import own_folder
     from foveate.cli.models import load_model
+    from foveate.files import write_whole
 
     with talking(as_json) as out:
         start = time.perf_counter()

@@ -69,7 +69,7 @@ def command(
         if target is None:
             out.line(_shown(report, form, out.console.width))
         else:
-            from foveate.cli.folders import write_whole
+            from foveate.files import write_whole
 
             write_whole(target, (_shown(report, form, 80) + "\n").encode())
             out.line(f"written to {file}")

@@ -57,15 +57,3 @@ def check_file(name: str, ending: str | None = None) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UseError(f"output file {name}: there is no folder {path.absolute().parent} to write a file in")
     return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise UseError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)

@@ -24,7 +24,8 @@ def command(stats: str, folder: str, as_json: bool) -> None:
     DIR gets distance.png, layers.png, heads.png, and figures.json with the numbers. Pictures need matplotlib:
     pip install "foveate[plot]"
     """
-    from foveate.cli.folders import own_folder, write_whole
+    from foveate.cli.folders import own_folder
+    from foveate.files import write_whole
     from foveate.ir.statistics import Statistics
     from foveate.report.inspect import FIGURES, figure_data, figure_png
     from foveate.report.plot import check_matplotlib

@@ -34,7 +34,7 @@ def full_prompt(processor: Any, question: str, images: int) -> str:
 
 def encode(model: Any, processor: Any, prompt: str, images: Sequence[Image], new_tokens: int) -> dict[str, Any]:
     """What the model takes, as the processor makes it; UseError for a prompt that is too long."""
-    import torch
+    from foveate.examples import model_inputs
 
     inputs = dict(processor(text=[prompt], images=list(images) or None, return_tensors="pt"))
     length = inputs["input_ids"].shape[1]
@@ -44,7 +44,4 @@ def encode(model: Any, processor: Any, prompt: str, images: Sequence[Image], new
             f"the prompt is {length} tokens long and may grow by {new_tokens} (--max-new-tokens); "
             f"this model takes {longest} in all"
         )
-    taken = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
-    return {
-        n: x.to(model.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in taken.items()
-    }
+    return model_inputs(model, inputs)

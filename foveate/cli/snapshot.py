@@ -24,8 +24,8 @@ def command(model: str, passes: str, file: str | None, as_json: bool, **options:
     MODEL is a shipped configuration such as llava-1.5-7b, "digits", "random:llava", a folder or a hub id. The same
     program gives the same bytes on every machine. An older snapshot in FILE.json is replaced, nothing else is.
     """
-    from foveate.cli.folders import write_whole
     from foveate.cli.programs import load_program
+    from foveate.files import write_whole
 
     with talking(as_json) as out:
         sizes, amounts = taken(options, (model,))

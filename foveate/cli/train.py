@@ -111,7 +111,7 @@ def _checkpoints(folder: str, told: dict[str, Any], resume: bool) -> Iterator[Pa
     Raises UseError where those of another run are in the way, or there is no run to resume.
     """
     from foveate.cli.errors import UseError
-    from foveate.cli.folders import write_whole
+    from foveate.files import write_whole
 
     work = Path(f"{folder}.checkpoints").expanduser()
     run = work / RUN

@@ -6,7 +6,6 @@ The file is safetensors: tensors, and JSON in the metadata. Nothing in it is exe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from foveate.errors import ArtifactError, InputError, PassError
+from foveate.files import write_whole
 from foveate.ir.observe import OBSERVERS, distances_of
 from foveate.ir.program import ModelInfo
 
@@ -127,14 +127,7 @@ class Statistics:
         """Write the file so that it is there whole or not at all; ArtifactError where that fails."""
         tensors = {name: getattr(self, name).contiguous() for name in _DTYPES}
         about = {"format": FORMAT, "samples": self.samples, "model": self.model, "source": self.source}
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            part.write_bytes(safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)}))
-            part.replace(path)
-        except OSError as error:
-            raise ArtifactError(f"statistics {path} cannot be written: {error.strerror or error}") from None
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 from transformers import LlavaForConditionalGeneration
 
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import Program, Weights
 from foveate.ir.split import split
+from foveate.ir.statistics import Statistics
 from foveate.ir.tail import keep_last
 from foveate.model import OptimizedModel
 from foveate.models.random import random_llava
@@ -120,3 +123,20 @@ def copied_graph(graph: fx.Graph) -> fx.Graph:
         nodes[node] = copy.create_node(node.op, node.target, args, kwargs, name=node.name)
         nodes[node].meta.update(node.meta)
     return copy
+
+
+def made_up_statistics() -> Statistics:
+    """Of four samples that nobody saw; no two visual tokens are one apart."""
+    empty = Statistics.empty(traced()[1].info, {"model": "made up"})
+    draw = torch.Generator().manual_seed(0)
+    far = len(empty.pairs)
+    pairs = torch.arange(far, 0, -1, dtype=torch.float64)
+    pairs[1] = 0
+    return replace(
+        empty,
+        mass=torch.rand(4, LAYERS, HEADS, generator=draw),
+        output=torch.rand(4, LAYERS, HEADS, generator=draw),
+        text_to_visual=4 * torch.rand(LAYERS, HEADS, generator=draw, dtype=torch.float64),
+        by_distance=pairs * torch.rand(LAYERS, HEADS, far, generator=draw, dtype=torch.float64),
+        pairs=pairs,
+    )

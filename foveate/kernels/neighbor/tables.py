@@ -26,14 +26,12 @@ def grid_rows(grids: Tensor) -> Grids:
 
 
 @functools.lru_cache(KEPT)
-@torch.inference_mode(False)
 def image_table(grids: Grids, device: torch.device) -> Tensor:
     """int32 [images, 8]: the grids' six columns, 0, 0."""
     return _table([[*grid, 0, 0] for grid in grids], 8, device)
 
 
 @functools.lru_cache(KEPT)
-@torch.inference_mode(False)
 def tile_table(grids: Grids, rows: int, cols: int, device: torch.device) -> Tensor:
     """int32 [tiles, 4], a row a patch of rows x cols tokens: image, row and column of its corner, 0."""
     tiles = [
@@ -46,7 +44,6 @@ def tile_table(grids: Grids, rows: int, cols: int, device: torch.device) -> Tens
 
 
 @functools.lru_cache(KEPT)
-@torch.inference_mode(False)
 def run_table(grids: Grids, run: int, device: torch.device) -> tuple[Tensor, dict[int, slice]]:
     """int32 [runs, 4], a row up to `run` tokens of an image: image, first of them, their number, 0.
 
@@ -69,5 +66,6 @@ def text_end(grids: Grids) -> int:
     return max((stop for *_, start, stop in grids if stop > start), default=0)
 
 
+@torch.inference_mode(False)
 def _table(rows: list[list[int]], width: int, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(len(rows), width).to(device)
