@@ -18,6 +18,8 @@ import foveate.kernels  # noqa: F401  registers what the ops compute
 from foveate import __version__, ops
 from foveate.ir.cost import cost_of
 from foveate.ir.cost.devices import Device
+from foveate.kernels.linear import linear
+from foveate.kernels.processor import cpu_name
 
 WARMUPS = 2
 """Untimed calls: the first compiles or fills caches, the second settles."""
@@ -44,7 +46,7 @@ def calibrate(rows: int = 640, width: int = 2816, inner: int = 1024, seconds: fl
     q = torch.randn(1, heads, rows, HEAD)
     order = torch.arange(rows)[None]
     with torch.inference_mode():
-        rate = 2 * rows * width * inner / median_of(lambda: torch.nn.functional.linear(a, weight), each)
+        rate = 2 * rows * width * inner / median_of(lambda: linear(a, weight), each)
         pairs = rows * (rows + 1) // 2 if rows > ops.FEW_QUERIES else rows * rows
         streams = [q[:, :, :-1], q[:, :, -1:]]
         orders = [order[:, :-1], order[:, -1:]]
@@ -124,12 +126,3 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
     }
-
-
-def cpu_name() -> str:
-    """The processor as it calls itself."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123  a pseudo file
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -31,6 +31,7 @@ LIBRARY.define(
     "neighbor_attention(Tensor q, Tensor[] k, Tensor[] v, Tensor q_order, Tensor[] k_order, Tensor coords,"
     " Tensor grids, int radius, str metric, bool causal, float scale) -> Tensor"
 )
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 LIBRARY.define("encoder_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 LIBRARY.define("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor")
 LIBRARY.define("attention_row(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, float scale) -> Tensor")
@@ -73,6 +74,9 @@ height, width, first text key that it sees, end of those. It holds when the larg
 images of one batch row is n: then each image's tokens stand together in raster order, the images of a row stand one
 behind the other from token 0 on, tokens behind them are padding, and the text keys seen are those, no others.
 Otherwise (no image, or tokens were removed since) it promises nothing."""
+
+linear = torch.ops.foveate.linear.default
+"""As `torch.nn.functional.linear`, but compilers leave it to `foveate.kernels.linear`, which knows the processor."""
 
 encoder_attention = torch.ops.foveate.encoder_attention.default
 """Attention without a mask, as vision towers do it: q, k, v [B, H, n, e] -> [B, n, H, e]."""
@@ -155,6 +159,11 @@ def _neighbor_attention(
     scale: float,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+@torch.library.register_fake("foveate::linear", lib=LIBRARY)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("foveate::encoder_attention", lib=LIBRARY)

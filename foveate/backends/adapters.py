@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.functional import linear
 
 from foveate.errors import BackendError
 from foveate.ir.program import Program, copy_graph
 from foveate.ir.weights import aten, linear_part
+from foveate.kernels.linear import linear
 
 
 def adapter_layers(program: Program) -> dict[str, nn.Module]:
@@ -64,11 +64,11 @@ class Adapted(nn.Module):
 
 
 def with_adapters(program: Program, graph: fx.Graph) -> tuple[Any, fx.Graph]:
-    """What `fx.GraphModule` takes, (root, graph); the graph is another one where there are adapters."""
+    """What `fx.GraphModule` takes, (root, graph); the graph is a copy of its own."""
+    graph = copy_graph(graph)
     layers = adapter_layers(program)
     if not layers:
         return program.weights, graph
-    graph = copy_graph(graph)
     root: dict[str, Any] = {
         str(n.target): program.weights.get(str(n.target)) for n in graph.nodes if n.op == "get_attr"
     }

@@ -8,11 +8,17 @@ import foveate.kernels  # noqa: F401  registers what the foveate ops compute
 from foveate.backends.adapters import with_adapters
 from foveate.backends.base import Inputs, Runner, input_names
 from foveate.ir.program import Program
+from foveate.ir.weights import aten
+from foveate.kernels.linear import linear, pays
 
 
 def graph_module(program: Program, graph: fx.Graph, name: str) -> fx.GraphModule:
     """A module that shares the program's weights and their adapters; what it returns is what the graph returns."""
-    return fx.GraphModule(*with_adapters(program, graph), class_name=f"Foveate{name.capitalize()}")
+    root, graph = with_adapters(program, graph)
+    for node in graph.nodes:
+        if node.target == aten.linear.default and pays():
+            node.target = linear
+    return fx.GraphModule(root, graph, class_name=f"Foveate{name.capitalize()}")
 
 
 def lower(program: Program, graph: fx.Graph, name: str) -> Runner:

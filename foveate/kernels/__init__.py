@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, statistics, tokens
+from foveate.kernels import attention, counting, linear, statistics, tokens
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import differentiable
 from foveate.kernels.neighbor import dispatch
@@ -20,6 +20,7 @@ from foveate.ops import LIBRARY
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
     "neighbor_attention": dispatch.neighbor_attention,
+    "linear": linear.linear,
     "encoder_attention": attention.encoder_attention,
     "varlen_attention": attention.varlen_attention,
     "attention_row": attention.attention_row,
@@ -37,14 +38,17 @@ for _name, _implementation in IMPLEMENTATIONS.items():
 # In terms of other ops, so that compilers see into it and gradients need no rule.
 LIBRARY.impl("residual", tokens.residual, "CompositeImplicitAutograd")
 
-for _name in ("attention", "encoder_attention", "varlen_attention", "attention_row", "take_tokens"):
+for _name in ("attention", "linear", "encoder_attention", "varlen_attention", "attention_row", "take_tokens"):
     differentiable(_name, IMPLEMENTATIONS[_name])
 
 differentiable("neighbor_attention", dispatch.neighbor_attention, dispatch.triton_gradients)
 
-for _name in ("attention", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row"):
+for _name in ("attention", "linear", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row"):
     follow_autocast(_name)
 
 for _name, _rule in counting.FLOPS.items():
     # So that `torch.utils.flop_counter` counts an optimized model as `foveate.cost` does.
     register_flop_formula(getattr(torch.ops.foveate, _name), get_raw=True)(_rule)
+
+if torch.backends.mkldnn.is_available():
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)(counting.linear)

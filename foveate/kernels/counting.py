@@ -58,7 +58,13 @@ def _row(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
     return 2 * q.numel() * sum(x.shape[2] for x in k)
 
 
+def linear(x: Tensor, weight: Tensor, *rest: Any, **also: Any) -> int:
+    """Of a linear, oneDNN's too, which `torch.utils.flop_counter` does not know."""
+    return 2 * x.numel() * weight.shape[0]
+
+
 FLOPS: dict[str, Callable[..., int]] = {
+    "linear": linear,
     "attention": _attention,
     "neighbor_attention": _neighbor_attention,
     "encoder_attention": _encoder_attention,

@@ -51,14 +51,13 @@ def differentiable(
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         flat, ctx.spec = tree_flatten(inputs)
+        ctx.saved = [isinstance(x, Tensor) for x in flat]
         ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
         ctx.save_for_backward(*(x for x in flat if isinstance(x, Tensor)))
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        places = len(ctx.constants)
-        tensor = [x is None for x in ctx.constants]
-        flat = [next(saved) if tensor[i] else ctx.constants[i] for i in range(places)]
+        tensors = iter(ctx.saved_tensors)
+        flat = [next(tensors) if saved else x for saved, x in zip(ctx.saved, ctx.constants, strict=True)]
         grads = iter(backward_op(grad, *tree_unflatten(flat, ctx.spec)))
         result: tuple[Any, ...] = tree_unflatten([next(grads) if _has_gradient(x) else None for x in flat], ctx.spec)
         return result
