@@ -35,10 +35,13 @@ LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 LIBRARY.define("encoder_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 LIBRARY.define("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor")
 LIBRARY.define("attention_row(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, float scale) -> Tensor")
-LIBRARY.define("top_tokens(Tensor scores, Tensor order, float keep) -> (Tensor, Tensor)")
+LIBRARY.define("top_tokens(Tensor scores, Tensor order, float keep, Tensor? whole=None) -> (Tensor, Tensor)")
 LIBRARY.define("residual(Tensor x, Tensor y, Tensor rest) -> Tensor")
 LIBRARY.define("take_tokens(Tensor x, Tensor index, int dim) -> Tensor")
 LIBRARY.define("random_scores(Tensor order, int seed) -> Tensor")
+LIBRARY.define("grid_scores(Tensor coords) -> Tensor")
+LIBRARY.define("diverse_scores(Tensor x, Tensor order, Tensor coords, float keep) -> Tensor")
+LIBRARY.define("removed_before(Tensor order, Tensor whole, Tensor kept) -> Tensor")
 LIBRARY.define(
     "attention_statistics(Tensor[] q, Tensor[] k, Tensor[] out, Tensor[] q_order, Tensor[] k_order, Tensor coords,"
     " int distances, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -96,7 +99,8 @@ top_tokens = torch.ops.foveate.top_tokens.default
 """The best tokens by (score, then lower index), in their old order.
 
 scores fp32 [B, n], order int64 [B, n] -> index int64 [B, floor(keep * n)] and the kept tokens' order. A row with
-n_b < n real tokens keeps floor(keep * n_b) of them; the slots left over point at token 0 with order `PAD`."""
+n_b < n real tokens keeps floor(keep * n_b) of them; the slots left over point at token 0 with order `PAD`.
+whole: the order of more tokens, of which these are left; `keep` is then a share of those, and at most all are kept."""
 
 take_tokens = torch.ops.foveate.take_tokens.default
 """x [B, ..., n at dim, ...] gathered along `dim` with index int64 [B, k]; B may be 1 in x."""
@@ -106,6 +110,24 @@ residual = torch.ops.foveate.residual.default
 
 random_scores = torch.ops.foveate.random_scores.default
 """Scores in [0, 1) that depend on the seed and each token's place in its stream only: order [B, n] -> fp32 [B, n]."""
+
+grid_scores = torch.ops.foveate.grid_scores.default
+"""Scores of which the best k, for any k, lie evenly over the image: coords int64 [B, n, 3] -> fp32 [B, n].
+
+Row and column are read as binary numbers from their low ends: half of the tokens are a checkerboard, a quarter every
+second row and column. Exact up to 4096 rows or columns."""
+
+diverse_scores = torch.ops.foveate.diverse_scores.default
+"""Scores of tokens that differ from one another, by DivPrune's max-min rule (arXiv 2503.02175, algorithm 1).
+
+x [B, n, D], order int64 [B, n], coords int64 [B, n, 3] -> fp32 [B, n]. In each image of n_i tokens ceil(keep * n_i)
+are picked: first the one whose nearest other token is farthest by 1 - cosine, then ever the one that is farthest from
+its nearest picked one; the lower index in a tie. The pick number p (from 0) scores 1 - p / n_i, all others 0."""
+
+removed_before = torch.ops.foveate.removed_before.default
+"""How many tokens were removed before each: order [B, n], of all tokens [B, m], of the kept ones -> int64 [B, n].
+
+All are int64 orders; those of all tokens and of the kept ones ascend, with `PAD` behind."""
 
 attention_statistics = torch.ops.foveate.attention_statistics.default
 """What one layer's attention looks at, for calibration; q, k, out and orders are lists of a visual and a text stream.
@@ -182,8 +204,8 @@ def _attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Te
 
 
 @torch.library.register_fake("foveate::top_tokens", lib=LIBRARY)
-def _top_tokens(scores: Tensor, order: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    kept = math.floor(keep * scores.shape[1])
+def _top_tokens(scores: Tensor, order: Tensor, keep: float, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    kept = math.floor(keep * (scores if whole is None else whole).shape[1])
     return order.new_empty(order.shape[0], kept), order.new_empty(order.shape[0], kept)
 
 
@@ -202,6 +224,21 @@ def _residual(x: Tensor, y: Tensor, rest: Tensor) -> Tensor:
 @torch.library.register_fake("foveate::random_scores", lib=LIBRARY)
 def _random_scores(order: Tensor, seed: int) -> Tensor:
     return order.new_empty(order.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("foveate::grid_scores", lib=LIBRARY)
+def _grid_scores(coords: Tensor) -> Tensor:
+    return coords.new_empty(coords.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("foveate::diverse_scores", lib=LIBRARY)
+def _diverse_scores(x: Tensor, order: Tensor, coords: Tensor, keep: float) -> Tensor:
+    return order.new_empty(order.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("foveate::removed_before", lib=LIBRARY)
+def _removed_before(order: Tensor, whole: Tensor, kept: Tensor) -> Tensor:
+    return torch.empty_like(order)
 
 
 @torch.library.register_fake("foveate::attention_statistics", lib=LIBRARY)

@@ -57,7 +57,10 @@ def test_passes_and_their_options():
             "multiple_of": None,
             "stats": None,
         },
+        "divprune": {"keep": 0.25, "positions": "renumber"},
         "fastv": {"layer": 2, "keep": 0.5},
+        "grid-prune": {"layer": 2, "keep": 0.5},
+        "pyramiddrop": {"layers": (), "keep": 0.5},
         "neighbor-attention": {"metric": "chebyshev", "causal": False, "see_prefix": True, "layers": None},
         "random-prune": {"layer": 2, "keep": 0.5, "seed": 0},
     }

@@ -99,7 +99,7 @@ def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan, renorm: bool = True) 
     text, *more = attentions(edit.graph, layer, "text")
     if more or shape(Attention.of(text).q[0])[1] != edit.program.info.heads:
         raise PassError(f"{edit.by}: layer {layer} already has heads dropped")
-    readers = [u for u in Attention.of(text).k[0].users if u.target == ops.attention_row]
+    readers = _readers(Attention.of(text).k[0])
     if readers and not plan.kept:
         raise PassError(f"{edit.by}: a selection reads layer {layer}'s attention; keep at least one head there")
     _order_weights(edit, layer, plan)
@@ -120,6 +120,12 @@ def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan, renorm: bool = True) 
         _remove_visual(edit, layer, renorm)
     _split_text(edit, text, plan, renorm)
     edit.refresh(layer)
+
+
+def _readers(key: fx.Node) -> list[fx.Node]:
+    """Scores that are rows of attention to these keys, or to those that they were selected from by such a row."""
+    keys = [key, *([args_of(key)[0]] if key.target == ops.take_tokens else [])]
+    return [user for each in keys for user in each.users if user.target == ops.attention_row]
 
 
 def _about(edit: Rewriter, node: fx.Node) -> NodeInfo:

@@ -89,7 +89,13 @@ class _Joiner:
         """Node -> its pair, for every node that has one."""
         waiting: dict[tuple[str, Any], list[fx.Node]] = {}
         pairs: dict[fx.Node, Pair] = {}
+        # What each node needs, as bits: a selection may make a visual value wait for its own twin.
+        bit = {node: 1 << place for place, node in enumerate(self.graph.nodes)}
+        needs: dict[fx.Node, int] = {}
         for node in self.graph.nodes:
+            needs[node] = bit[node]
+            for source in node.all_input_nodes:
+                needs[node] |= needs[source]
             about = info(node)
             if not about.twin or about.stream not in ("visual", "text") or self.same[node] is not node:
                 continue
@@ -97,7 +103,7 @@ class _Joiner:
             for other in waiting.get(key, []):
                 if info(other).stream != about.stream and other not in pairs:
                     pair = Pair(other, node) if about.stream == "text" else Pair(node, other)
-                    if self._fits(pair):
+                    if not (needs[node] & bit[other] or needs[other] & bit[node]) and self._fits(pair):
                         pairs[node] = pairs[other] = pair
                         break
             waiting.setdefault(key, []).append(node)

@@ -129,6 +129,12 @@ class Rewriter:
         old.replace_all_uses_with(new, delete_user_cb=where or (lambda user: user is not new), propagate_meta=False)
         self.events["replaced"] += 1
 
+    def hoist(self, nodes: Iterable[fx.Node], anchor: fx.Node) -> None:
+        """Move nodes, in graph order, in front of `anchor`, which has to come after all they need."""
+        for node in nodes:
+            anchor.prepend(node)
+            self.events["moved"] += 1
+
     def set_args(self, node: fx.Node, args: tuple[Arg, ...]) -> None:
         """Give a node other arguments and recompute its shape."""
         node.args = args

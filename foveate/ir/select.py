@@ -11,12 +11,15 @@ before the layer, earlier keys and values included, stays whole.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
 from foveate import ops
 from foveate.ir.program import NodeInfo, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.tokens import Axes, token_axes
+
+aten = torch.ops.aten
 
 
 def first_of_layer(graph: fx.Graph, layer: int) -> fx.Node:
@@ -61,18 +64,34 @@ def live_into(graph: fx.Graph, layer: int) -> dict[fx.Node, list[fx.Node]]:
     return live
 
 
-def keep_tokens(edit: Rewriter, layer: int, scores: fx.Node, keep: float, live: dict[fx.Node, list[fx.Node]]) -> None:
+def live_inputs(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Visual inputs of a graph -> their users: what `keep_tokens` takes before anything else is computed."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and info(n).stream == "visual" and n.users]
+    return {n: [u for u in n.users if u.op == "call_function"] for n in inputs}
+
+
+def keep_tokens(
+    edit: Rewriter,
+    layer: int,
+    scores: fx.Node,
+    keep: float,
+    live: dict[fx.Node, list[fx.Node]],
+    whole: fx.Node | None = None,
+) -> fx.Node:
     """From `layer` on, only the floor(keep * n) visual tokens with the highest scores exist.
 
-    scores: [B, n] fp32, computed from what enters the layer. live: `live_into(graph, layer)`, taken before the
-    scores were added. The places of the kept tokens become the output `kept[layer]`.
+    scores: [B, n] fp32, computed from what enters the layer. live: visual values -> their users from then on, such as
+    `live_into(graph, layer)` finds them; taken before the scores were added. whole: the order of the tokens that
+    `keep` is a share of, if they are not those that are left. The places of the kept tokens, which are returned, become
+    the output `kept[layer]`.
     """
     graph = edit.graph
     axes: Axes = token_axes(graph, token_inputs(graph))
     about = NodeInfo(layer, "select", "visual", edit.by)
     order = visual_order_at(graph, layer)
     with edit.after(scores):
-        chosen = edit.call(ops.top_tokens, scores, order, keep, about=about)
+        counted = () if whole is None or whole is order else (whole,)
+        chosen = edit.call(ops.top_tokens, scores, order, keep, *counted, about=about)
         index, kept = edit.item(chosen, 0, about), edit.item(chosen, 1, about)
         for node, users in live.items():
             if node is order:
@@ -86,6 +105,25 @@ def keep_tokens(edit: Rewriter, layer: int, scores: fx.Node, keep: float, live: 
     edit.output(result)
     edit.refresh()
     edit.sweep()
+    return kept
+
+
+def renumber(edit: Rewriter, whole: fx.Node, kept: fx.Node) -> None:
+    """Give every token the position it has without the removed ones; before layer 0 only.
+
+    whole, kept: orders of all visual tokens and of those that are left. Decoding goes on behind the shorter prompt.
+    """
+    graph = edit.graph
+    text = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    visual = next(n for n in text["visual_position_ids"].users if n.target == ops.take_tokens)
+    for ids, order in ((visual, kept), (text["text_position_ids"], text["text_order"])):
+        users = list(ids.users)
+        about = info(ids).with_(layer=0, role="renumber", by=edit.by, twin="")
+        with edit.after(kept if ids is not visual else visual):
+            removed = edit.call(ops.removed_before, order, whole, kept, about=about)
+            new = edit.call(aten.sub.Tensor, ids, removed, about=about)
+        edit.replace(ids, new, where=users.__contains__)
+    edit.refresh()
 
 
 def token_inputs(graph: fx.Graph) -> dict[str, int]:

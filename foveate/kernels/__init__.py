@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, linear, statistics, tokens
+from foveate.kernels import attention, counting, linear, scores, statistics, tokens
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import differentiable
 from foveate.kernels.neighbor import dispatch
@@ -26,7 +26,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_row": attention.attention_row,
     "top_tokens": tokens.top_tokens,
     "take_tokens": tokens.take_tokens,
-    "random_scores": tokens.random_scores,
+    "random_scores": scores.random_scores,
+    "grid_scores": scores.grid_scores,
+    "diverse_scores": scores.diverse_scores,
+    "removed_before": tokens.removed_before,
     "attention_statistics": statistics.attention_statistics,
     "activity": statistics.activity,
     "divergence": statistics.divergence,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from foveate.kernels.neighbor.dispatch import planned
+from foveate.kernels.scores import images_by_size
 from foveate.ops import attention_pairs
 
 
@@ -58,6 +60,11 @@ def _row(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
     return 2 * q.numel() * sum(x.shape[2] for x in k)
 
 
+def _diverse(x: Tensor, order: Tensor, coords: Tensor, keep: float, *rest: Any, **also: Any) -> int:
+    sizes = [(len(places), places.shape[1] - 1) for places in images_by_size(order, coords)]
+    return 2 * x.shape[2] * sum(images * n * (n + math.ceil(keep * n)) for images, n in sizes)
+
+
 def linear(x: Tensor, weight: Tensor, *rest: Any, **also: Any) -> int:
     """Of a linear, oneDNN's too, which `torch.utils.flop_counter` does not know."""
     return 2 * x.numel() * weight.shape[0]
@@ -70,5 +77,6 @@ FLOPS: dict[str, Callable[..., int]] = {
     "encoder_attention": _encoder_attention,
     "varlen_attention": _varlen_attention,
     "attention_row": _row,
+    "diverse_scores": _diverse,
 }
 """Op -> rule; rules take the op's own arguments."""

@@ -53,18 +53,54 @@ def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Ten
     return rows[..., : k[0].shape[2]].float().contiguous()
 
 
-def top_tokens(scores: Tensor, order: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+def top_tokens(scores: Tensor, order: Tensor, keep: float, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`foveate::top_tokens` row by row, by Python's own sort."""
-    slots = math.floor(keep * scores.shape[1])
+    whole = order if whole is None else whole
+    slots = math.floor(keep * whole.shape[1])
     index = torch.zeros(scores.shape[0], slots, dtype=torch.int64)
     kept_order = torch.full_like(index, PAD)
     for row in range(scores.shape[0]):
         alive = [j for j in range(scores.shape[1]) if order[row, j] != PAD]
         ranked = sorted(alive, key=lambda j: (-scores[row, j].item(), j))
-        kept = sorted(ranked[: math.floor(keep * len(alive))])
+        kept = sorted(ranked[: math.floor(keep * int((whole[row] != PAD).sum()))])
         index[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
         kept_order[row, : len(kept)] = order[row, kept]
     return index, kept_order
+
+
+def grid_scores(coords: Tensor) -> Tensor:
+    """`foveate::grid_scores` token by token, from the digits of its row and column."""
+    scores = torch.empty(coords.shape[:2], dtype=torch.float32)
+    for row, tokens in enumerate(coords.tolist()):
+        for token, (_, y, x) in enumerate(tokens):
+            digits = [(y >> bit & 1, x >> bit & 1) for bit in range(12)]
+            order = "".join(str([(0, 0), (1, 1), (0, 1), (1, 0)].index(digit)) for digit in digits)
+            scores[row, token] = -int(order, 4)
+    return scores
+
+
+def diverse_scores(x: Tensor, order: Tensor, coords: Tensor, keep: float) -> Tensor:
+    """`foveate::diverse_scores` from all distances, one pick after another."""
+    scores = torch.zeros(order.shape)
+    for row in range(len(order)):
+        for image in set(coords[row, order[row] != PAD, 0].tolist()):
+            places = [j for j in range(order.shape[1]) if order[row, j] != PAD and coords[row, j, 0] == image]
+            unit = torch.nn.functional.normalize(x[row, places].float(), dim=-1)
+            far = 1 - unit @ unit.T
+            picked: list[int] = []
+            for number in range(math.ceil(keep * len(places))):
+                others = picked or list(range(len(places)))
+                near = [min([far[j, i].item() for i in others if i != j] or [math.inf]) for j in range(len(places))]
+                best = max((j for j in range(len(places)) if j not in picked), key=lambda j: (near[j], -j))
+                picked.append(best)
+                scores[row, places[best]] = 1 - number / len(places)
+    return scores
+
+
+def removed_before(order: Tensor, whole: Tensor, kept: Tensor) -> Tensor:
+    """`foveate::removed_before` by comparing all with all."""
+    before = [(tokens[:, None, :] < order[:, :, None]).sum(2) for tokens in (whole, kept)]
+    return before[0] - before[1]
 
 
 def attention_statistics(

@@ -4,19 +4,21 @@ from foveate.passes.base import Pass
 from foveate.passes.cut_visual import CutVisual
 from foveate.passes.drop_visual_heads import DropVisualHeads
 from foveate.passes.drop_visual_neurons import DropVisualNeurons
-from foveate.passes.fastv import FastV
 from foveate.passes.neighbor_attention import NeighborAttention
 from foveate.passes.pipeline import PASSES, parse_pipeline, pipeline_text
-from foveate.passes.random_prune import RandomPrune
+from foveate.passes.select import DivPrune, FastV, GridPrune, PyramidDrop, RandomPrune
 
 __all__ = [
     "PASSES",
     "CutVisual",
+    "DivPrune",
     "DropVisualHeads",
     "DropVisualNeurons",
     "FastV",
+    "GridPrune",
     "NeighborAttention",
     "Pass",
+    "PyramidDrop",
     "RandomPrune",
     "parse_pipeline",
     "pipeline_text",

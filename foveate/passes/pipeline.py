@@ -23,12 +23,22 @@ from foveate.passes.base import Pass
 from foveate.passes.cut_visual import CutVisual
 from foveate.passes.drop_visual_heads import DropVisualHeads
 from foveate.passes.drop_visual_neurons import DropVisualNeurons
-from foveate.passes.fastv import FastV
 from foveate.passes.neighbor_attention import NeighborAttention
-from foveate.passes.random_prune import RandomPrune
+from foveate.passes.select import DivPrune, FastV, GridPrune, PyramidDrop, RandomPrune
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (CutVisual, DropVisualHeads, DropVisualNeurons, FastV, NeighborAttention, RandomPrune)
+    cls.name: cls
+    for cls in (
+        CutVisual,
+        DivPrune,
+        DropVisualHeads,
+        DropVisualNeurons,
+        FastV,
+        GridPrune,
+        NeighborAttention,
+        PyramidDrop,
+        RandomPrune,
+    )
 }
 """Every pass by name."""
 

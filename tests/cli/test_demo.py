@@ -13,9 +13,8 @@ from foveate.cli import demo
 from foveate.cli.models import load_model
 from foveate.models import digits
 from foveate.models.digits.architecture import DECODER_LAYERS
-from foveate.passes.fastv import FastV
+from foveate.passes import FastV, RandomPrune
 from foveate.passes.pipeline import resolve
-from foveate.passes.random_prune import RandomPrune
 from foveate.report import compare
 from tests.cli.conftest import Run
 

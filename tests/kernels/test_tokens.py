@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveate import ops
 from foveate.kernels import reference, tokens
+from foveate.kernels.scores import random_scores
 from foveate.ops import PAD
 
 CHECKS = ("test_schema", "test_faketensor")
@@ -125,14 +126,14 @@ def test_top_tokens_and_random_scores_give_what_their_fakes_promise(keep: float)
 
 def test_random_scores_depend_on_the_place_in_the_stream_alone() -> None:
     short, long = torch.zeros(1, 10, dtype=torch.int64), torch.full((3, 300), PAD)
-    a, b = tokens.random_scores(short, 5), tokens.random_scores(long, 5)
+    a, b = random_scores(short, 5), random_scores(long, 5)
     assert torch.equal(a[0], b[0, :10])
     assert torch.equal(b[0], b[2])
 
 
 def test_random_scores_of_two_seeds_differ() -> None:
     order = torch.zeros(1, 256, dtype=torch.int64)
-    rows = torch.cat([tokens.random_scores(order, seed) for seed in range(20)])
+    rows = torch.cat([random_scores(order, seed) for seed in range(20)])
     assert (torch.corrcoef(rows) - torch.eye(20)).abs().max() < 0.35
     kept = {tuple(tokens.top_tokens(row[None], order, 0.25)[0][0].tolist()) for row in rows}
     assert len(kept) == 20
@@ -141,7 +142,7 @@ def test_random_scores_of_two_seeds_differ() -> None:
 def test_random_scores_are_roughly_uniform() -> None:
     order = torch.zeros(1, 4096, dtype=torch.int64)
     for seed in (0, 1, 2**31 - 1):
-        scores = tokens.random_scores(order, seed)[0]
+        scores = random_scores(order, seed)[0]
         assert scores.dtype == torch.float32
         assert scores.unique().numel() > 4000
         histogram = scores.histc(16, 0, 1)
@@ -161,7 +162,7 @@ def seed_of_the_largest_hash() -> int:
 
 def test_random_scores_stay_below_one() -> None:
     seed = seed_of_the_largest_hash()
-    scores = tokens.random_scores(torch.zeros(1, 1, dtype=torch.int64), seed)
+    scores = random_scores(torch.zeros(1, 1, dtype=torch.int64), seed)
     assert 0.99 < scores.item() < 1
 
 

@@ -12,7 +12,7 @@ Sources of the semantics:
 - neurons dropped for visual tokens: YOPO (sparse FFN projection);
 - visual tokens that see their neighbours in the image only: YOPO (neighbor-aware visual attention), in which
   the visual block of the mask is overwritten, so that a token may see later ones;
-- visual tokens pruned by the last token's attention: FastV, arXiv 2403.06764.
+- visual tokens pruned by the last token's attention: FastV, arXiv 2403.06764, and PyramidDrop, arXiv 2410.17247.
 
 Shapes: B rows, S positions, L decoder layers, H query heads, V vocabulary. A token is visual where
 `input_ids` is the model's image token.
@@ -42,12 +42,14 @@ class Prune:
     mean over all query heads of the row that was softmaxed over every visible key. `choose="given"`
     keeps the best by `given`, which holds either scores [B, most visual tokens of a row], in the order
     of the tokens, or a bool mask [B, S] that is True on the tokens to keep (`keep` is then not read,
-    and what it says of text is ignored). Ties go to the token that comes first.
+    and what it says of text is ignored). `choose="pyramid"` goes by the same row as "fastv", but of `layer` itself, in
+    which all of them are still visible, and `keep` is a share of the visual tokens of the prompt. Ties go to the token
+    that comes first.
     """
 
     layer: int
     keep: float
-    choose: Literal["fastv", "given"]
+    choose: Literal["fastv", "pyramid", "given"]
     given: Tensor | None = None
 
 
@@ -200,11 +202,14 @@ class _Run:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of one layer: [B, H, S, E] each (keys and values already repeated) to [B, S, H, E]."""
-        self._prune_before(layer)
-        weights = self._softmax(layer, (query @ key.transpose(2, 3)) * scaling)
-        last_text = _last(self.text)
-        rows = torch.arange(len(weights), device=weights.device)
-        self.scores = weights[rows, :, last_text].mean(dim=1)
+        logits = (query @ key.transpose(2, 3)) * scaling
+        for index, prune in enumerate(self.masks.prunes):
+            if prune.layer == layer:
+                if prune.choose == "pyramid":
+                    self.scores = self._last_row(self._softmax(layer, logits))
+                self.alive = self.kept[index] = self._chosen(prune)
+        weights = self._softmax(layer, logits)
+        self.scores = self._last_row(weights)
         self.layers_seen += 1
         output = (weights.to(value.dtype) @ value).transpose(1, 2)
         if self.masks.heads is None:
@@ -250,10 +255,10 @@ class _Run:
             sees_visual = torch.zeros_like(sees_visual)
         return torch.where(sees_visual[None, :, None, None], everything, without_visual)
 
-    def _prune_before(self, layer: int) -> None:
-        for index, prune in enumerate(self.masks.prunes):
-            if prune.layer == layer:
-                self.alive = self.kept[index] = self._chosen(prune)
+    def _last_row(self, weights: Tensor) -> Tensor:
+        """What the last text token pays to each key: [B, S], the mean over heads."""
+        rows = torch.arange(len(weights), device=weights.device)
+        return weights[rows, :, _last(self.text)].mean(dim=1)
 
     def _chosen(self, prune: Prune) -> Tensor:
         """The visual tokens that survive `prune`: bool [B, S]."""
@@ -270,7 +275,8 @@ class _Run:
         for row, alive in enumerate(self.alive):
             places = alive.nonzero().squeeze(1)
             best_first = scores[row, places].argsort(descending=True, stable=True)
-            chosen[row, places[best_first[: math.floor(prune.keep * len(places))]]] = True
+            whole = self.tokens.visual[row].sum() if prune.choose == "pyramid" else len(places)
+            chosen[row, places[best_first[: math.floor(prune.keep * int(whole))]]] = True
         return chosen
 
 

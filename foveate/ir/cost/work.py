@@ -232,6 +232,15 @@ def _row(node: fx.Node, sizes: Sizes) -> int:
     return 2 * batch * heads * rows * size * sum(sizes.shape(k)[2] for k in args_of(node)[1])
 
 
+def _diverse(node: fx.Node, sizes: Sizes) -> int:
+    """All pairs of an image's tokens once, then each pick with all of them."""
+    batch, count, width = sizes.shape(args_of(node)[0])
+    image = min(count, math.prod(sizes.grid))
+    if not image:
+        return 0
+    return 2 * batch * (count // image) * width * image * (image + math.ceil(args_of(node)[3] * image))
+
+
 FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.linear.default: _linear,
     aten.conv2d.default: _conv,
@@ -239,4 +248,5 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.encoder_attention: _encoder_attention,
     ops.varlen_attention: _varlen_attention,
     ops.attention_row: _row,
+    ops.diverse_scores: _diverse,
 }

@@ -1,0 +1,158 @@
+"""Selections: equal to the masked oracle, and what they keep is what their papers' formulas keep."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from foveate.errors import PassError
+from foveate.models.random import random_inputs, random_llava
+from foveate.ops import PAD
+from foveate.passes import (
+    CutVisual,
+    DivPrune,
+    DropVisualHeads,
+    DropVisualNeurons,
+    FastV,
+    GridPrune,
+    NeighborAttention,
+    PyramidDrop,
+)
+from tests.oracle.masked import Masks, Prune, masked_forward
+from tests.passes.check import _kept_mask, check_pass, optimize
+from tests.passes.conftest import FFN, HEADS, LAYERS
+
+FEW = ({}, {"batch": 3, "images_per_row": [2, 0, 1], "padding": "left"}, {"batch": 2, "images": 3, "text_tokens": 17})
+
+
+def given(layer: int, keep: float) -> Prune:
+    return Prune(layer, keep, "given")
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_grid_prune(model: Any, layer: int) -> None:
+    check_pass(model, [GridPrune(layer, 0.4)], Masks(prunes=(given(layer, 0.4),)))
+
+
+def test_divprune_with_positions_kept(model: Any) -> None:
+    check_pass(model, [DivPrune(0.4, positions="keep")], Masks(prunes=(given(0, 0.4),)))
+
+
+def embeddings(model: Any, inputs: Any) -> torch.Tensor:
+    found: torch.Tensor = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0]
+    return found
+
+
+def test_divprune_picks_by_its_formula(mha: Any) -> None:
+    inputs = random_inputs(mha, seed=4)
+    with torch.inference_mode():
+        unit = torch.nn.functional.normalize(embeddings(mha, inputs), dim=-1)
+        kept = optimize(mha, [DivPrune(0.3)])(**inputs).kept[0][0]
+    far = 1 - unit @ unit.T
+    count = len(unit)
+    picked = [max(range(count), key=lambda j: min(far[j, i] for i in range(count) if i != j))]
+    while len(picked) < math.floor(0.3 * count):
+        picked.append(max((j for j in range(count) if j not in picked), key=lambda j: far[j, picked].min()))
+    places = (inputs["input_ids"][0] == mha.config.image_token_id).nonzero()[:, 0]
+    assert kept.tolist() == places[sorted(picked)].tolist()
+
+
+@pytest.mark.parametrize(
+    "prompt", FEW + ({"batch": 3, "padding": "right"}, {"batch": 2, "images": 0}, {"batch": 2, "prefix": 0})
+)
+def test_numbering_anew_closes_the_gaps(gqa: Any, prompt: dict[str, Any]) -> None:
+    """The oracle is told the positions; decoding goes on behind the shorter prompt."""
+    optimized = optimize(gqa, [DivPrune(0.4), FastV(2, 0.5)])
+    inputs = random_inputs(gqa, seed=3, **prompt)
+    ids, attended = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    with torch.inference_mode():
+        out = optimized(**inputs)
+        chosen = [_kept_mask(out.kept[layer], ids) for layer in (0, 2)]
+        for _ in range(3):
+            kept, again = (torch.nn.functional.pad(x, (0, ids.shape[1] - x.shape[1])) for x in chosen)
+            alive = attended.bool() & ((ids != gqa.config.image_token_id) | kept)
+            positions = (alive.cumsum(1) - 1).clamp(min=0)
+            masks = Masks(prunes=(Prune(0, 0.4, "given", kept), Prune(2, 0.5, "given", again)))
+            longer = {**inputs, "input_ids": ids, "attention_mask": attended, "position_ids": positions}
+            expected = masked_forward(gqa, longer, masks).logits
+            assert (out.logits[:, -1] - expected).abs().max() < 1e-4
+            token = expected.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, token], 1)
+            attended = torch.cat([attended, torch.ones_like(token)], 1)
+            out = optimized(input_ids=token, past_key_values=out.past_key_values)
+
+
+@pytest.mark.parametrize(("layers", "keep"), [((1, 2, 3), 0.5), ((0, 3), 0.7), ((2,), 0.3)])
+def test_pyramiddrop(model: Any, layers: tuple[int, ...], keep: float) -> None:
+    prunes = tuple(Prune(layer, keep**stage, "pyramid") for stage, layer in enumerate(layers, 1))
+    check_pass(model, [PyramidDrop(layers, keep)], Masks(prunes=prunes))
+
+
+def test_the_stages_of_pyramiddrop_are_the_papers() -> None:
+    deep = random_llava(layers=32, hidden=32, heads=2, ffn=32, visual_tokens=576, vision_layers=1, vision_hidden=16)
+    optimized = optimize(deep, [PyramidDrop()])
+    with torch.inference_mode():
+        kept = optimized(**random_inputs(deep)).kept
+    assert {layer: places.shape[1] for layer, places in kept.items()} == {8: 288, 16: 144, 24: 72}
+
+
+def test_selections_with_everything_else(gqa: Any) -> None:
+    """Each other pass before and after each selection, in one pipeline a selection."""
+    mask = torch.ones(LAYERS, HEADS, dtype=torch.bool)
+    mask[2:, 1:3] = False
+    neurons = torch.zeros(LAYERS, FFN, dtype=torch.bool)
+    neurons[:, : FFN // 2] = True
+    for selection, prune in (
+        (PyramidDrop((1, 2), 0.6), (Prune(1, 0.6, "pyramid"), Prune(2, 0.36, "pyramid"))),
+        (GridPrune(2, 0.5), (given(2, 0.5),)),
+        (DivPrune(0.5, positions="keep"), (given(0, 0.5),)),
+    ):
+        masks = Masks(cut_from=3, heads=mask, neurons=neurons, prunes=prune)
+        passes = [DropVisualHeads(mask=mask), selection, DropVisualNeurons(0.5), CutVisual(3)]
+        check_pass(gqa, passes, masks, FEW)
+        passes = [CutVisual(3), DropVisualNeurons(0.5), selection, DropVisualHeads(mask=mask)]
+        check_pass(gqa, passes, masks, FEW[:1])
+
+
+@pytest.mark.parametrize("selection", [PyramidDrop((1, 2), 0.6), GridPrune(1, 0.5), DivPrune(0.5)])
+def test_neighbours_are_those_on_the_grid_whatever_is_left(mha: Any, selection: Any) -> None:
+    inputs = random_inputs(mha, batch=2)
+    with torch.inference_mode():
+        pair = [
+            optimize(mha, [first, second])(**inputs).logits
+            for first, second in (
+                (NeighborAttention(1, layers=(1, 2, 3)), selection),
+                (selection, NeighborAttention(1, layers=(1, 2, 3))),
+            )
+        ]
+    torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+
+
+BAD = {
+    "pyramiddrop{layers=[2,1]}": "layer numbers that rise",
+    "pyramiddrop{layers=[9]}": "layer 9 is not one of this model's 4",
+    "pyramiddrop{keep=0}": "above 0, at most 1",
+    "pyramiddrop{layers=3}": "layer numbers that rise",
+    "cut-visual{from_layer=2},pyramiddrop": "cut at layer 2",
+    "divprune{keep=1.5}": "above 0, at most 1",
+    "divprune{positions=close}": "renumber or keep",
+    "divprune,divprune": "already selected before layer 0",
+    "grid-prune{layer=7}": "0 to 3",
+    "grid-prune{layer=-1}": "0 or more",
+}
+
+
+@pytest.mark.parametrize("passes", BAD)
+def test_bad_options_are_refused(mha: Any, passes: str) -> None:
+    with pytest.raises(PassError) as error:
+        optimize(mha, passes)
+    assert BAD[passes] in str(error.value)
+
+
+def test_an_image_left_without_a_token_is_none(mha: Any) -> None:
+    with torch.inference_mode():
+        out = optimize(mha, [DivPrune(0.01)])(**random_inputs(mha))
+    assert out.kept[0].shape[1] == 0 and (out.kept[0] == PAD).all() and out.logits.isfinite().all()
