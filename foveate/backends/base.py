@@ -45,7 +45,9 @@ def lower_graph(program: Program, backend: str, name: str, graph: fx.Graph) -> R
         raise BackendError(f"backend {backend!r} is not known; there are: {', '.join(BACKENDS)}")
     module = import_module(BACKENDS[backend])
     function: Lower = module.lower
-    return function(program, join(program, graph) if name in SPLIT else graph, name)
+    # A CPU's matmuls over a few hundred tokens do not wait for weights, so reading some twice costs less than more ops.
+    share = program.weights.device().type != "cpu"
+    return function(program, join(program, graph, share=share) if name in SPLIT else graph, name)
 
 
 def input_names(graph: fx.Graph) -> tuple[str, ...]:

@@ -43,13 +43,14 @@ class Pair:
     text: fx.Node
 
 
-def join(program: Program, graph: fx.Graph, inputs: bool = False) -> fx.Graph:
+def join(program: Program, graph: fx.Graph, inputs: bool = False, share: bool = True) -> fx.Graph:
     """The joined form of a split prefill graph, which is not changed.
 
     With `inputs`, the graph's own inputs are joined too, and the result takes `hidden`, `position_ids` and `order`
-    again: `join(split(g), inputs=True)` gives back g.
+    again: `join(split(g), inputs=True)` gives back g. share: parts of weights are joined too, see `foveate.ir.share`;
+    that pays where matmuls wait for memory, and costs more ops where they do not.
     """
-    return _Joiner(program, graph if inputs else share_parts(program, graph), inputs).run()
+    return _Joiner(program, share_parts(program, graph) if share and not inputs else graph, inputs).run()
 
 
 class _Joiner:

@@ -63,7 +63,14 @@ def inside(implementation: Any) -> Any:
 
 COUNTED = {
     getattr(torch.ops.foveate, name): inside(IMPLEMENTATIONS[name])
-    for name in ("attention", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row")
+    for name in (
+        "attention",
+        "neighbor_attention",
+        "encoder_attention",
+        "varlen_attention",
+        "attention_row",
+        "diverse_scores",
+    )
 }
 
 

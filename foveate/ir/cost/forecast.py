@@ -166,7 +166,8 @@ class Forecast:
             ),
             precision=Precision.of(program, dtype, weight_bits, kv_bits),
             device=device_of(device),
-            joined=joined or join(program, program.prefill),
+            # As a backend would on such a device.
+            joined=joined or join(program, program.prefill, share=device_of(device).kind != "cpu"),
         )
 
     def cost(self, convention: str = "actual", modules: Sequence[int] = ()) -> Cost:
