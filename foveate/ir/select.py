@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from foveate import ops
 from foveate.ir.program import NodeInfo, args_of, info, outputs
-from foveate.ir.rewriter import Rewriter
+from foveate.ir.rewriter import Rewriter, shape
 from foveate.ir.tokens import Axes, token_axes
 
 aten = torch.ops.aten
@@ -62,6 +62,13 @@ def live_into(graph: fx.Graph, layer: int) -> dict[fx.Node, list[fx.Node]]:
             if users:
                 live[node] = users
     return live
+
+
+def hidden_into(edit: Rewriter, layer: int) -> fx.Node:
+    """The hidden states of the visual tokens that enter `layer`: [B, n, D]."""
+    size = edit.program.info.hidden_size
+    values = [n for n in live_into(edit.graph, layer) if len(shape(n)) == 3 and shape(n)[2] == size]
+    return values[-1]
 
 
 def live_inputs(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

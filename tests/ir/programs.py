@@ -36,6 +36,7 @@ PIPELINES = (
     "random-prune{layer=1,keep=0.29,seed=3}",
     "fastv{layer=1,keep=0.5},fastv{layer=2,keep=0.5}",
     "neighbor-attention{radius=1},fastv{layer=1,keep=0.5}",
+    "divprune{keep=0.7},pyramiddrop{layers=[1,2],keep=0.6}",
     "drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons{keep=0.5},fastv{layer=1,keep=0.5},"
     "cut-visual{from_layer=2}",
 )

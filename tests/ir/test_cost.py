@@ -91,6 +91,11 @@ def counted(program: Program, graph: fx.Graph, sizes: dict[str, int]) -> int:
             inputs.append(torch.tensor([astuple(grid) for grid in grids], dtype=torch.int64).view(-1, 6))
             continue
         shape = [s if isinstance(s, int) else int(s.node.expr.subs(symbols)) for s in value.shape]
+        if node.name == "visual_coords":
+            # Which image a token is in is all that a count depends on.
+            image = torch.arange(shape[1]) // program.info.tokens_per_image
+            inputs.append(image[None, :, None].expand(shape).contiguous())
+            continue
         inputs.append(torch.zeros(shape, dtype=value.dtype))
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         fx.GraphModule(program.weights, graph)(*inputs)

@@ -138,7 +138,7 @@ def test_a_compiled_program_runs_with_it(taken: list[tuple[int, ...]], monkeypat
 
 @pytest.mark.parametrize("passes", ["", "drop-visual-heads{keep=2}, drop-visual-neurons{keep=0.5}"])
 def test_a_program_runs_with_it(passes: str, taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    source = llava()
+    source = llava(visual_tokens=64)
     inputs = random_inputs(source, text_tokens=40)
     logits = []
     for taken_there in (False, True):
