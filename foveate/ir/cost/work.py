@@ -235,7 +235,7 @@ def _row(node: fx.Node, sizes: Sizes) -> int:
 def _diverse(node: fx.Node, sizes: Sizes) -> int:
     """All pairs of an image's tokens once, then each pick with all of them."""
     batch, count, width = sizes.shape(args_of(node)[0])
-    keep = args_of(node)[3]
+    keep = float(args_of(node)[3])
     images, rest = divmod(count, math.prod(sizes.grid))
     lengths = (*(images * [math.prod(sizes.grid)]), rest)
     return 2 * batch * width * sum(n * (n + math.ceil(keep * n)) for n in lengths)
