@@ -8,12 +8,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foveate.models.random import random_llava
-from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, NeighborAttention, Pass, RandomPrune
+from foveate.passes import (
+    CutVisual,
+    DivPrune,
+    DropVisualHeads,
+    DropVisualNeurons,
+    FastV,
+    GridPrune,
+    NeighborAttention,
+    Pass,
+    PyramidDrop,
+    RandomPrune,
+)
 from tests.oracle.masked import Masks, Neighbors, Prune
 from tests.passes.check import check_pass
 
 FFN = 48
 SHAPES = [(4, 4), (4, 2), (6, 2), (4, 1)]
+SELECTIONS = (
+    (FastV, "fastv"),
+    (GridPrune, "given"),
+    (lambda layer, keep: RandomPrune(layer, keep, seed=7), "given"),
+    (lambda layer, keep: PyramidDrop((layer,), keep), "pyramid"),
+)
+"""Each method that selects before one layer, and what the oracle calls it."""
 _MODELS = {}
 
 
@@ -58,9 +76,12 @@ def cases(draw):
     for layer in draw(st.lists(st.integers(1, layers - 1), unique=True, max_size=2)):
         keep = draw(st.sampled_from([0.1, 0.34, 0.5, 0.8]))
         if layer < end:
-            fastv = draw(st.booleans())
-            passes.append(FastV(layer, keep) if fastv else RandomPrune(layer, keep, draw(st.integers(0, 9))))
-            prunes.append(Prune(layer, keep, "fastv" if fastv else "given"))
+            method, choose = draw(st.sampled_from(SELECTIONS))
+            passes.append(method(layer, keep))
+            prunes.append(Prune(layer, keep, choose, of=layer))
+    if draw(st.booleans()) and end > 0:
+        passes.append(DivPrune(0.7, positions="keep"))
+        prunes.append(Prune(0, 0.7, "given"))
     if draw(st.booleans()) and end > 1:
         options = {
             "radius": draw(st.integers(0, 2)),

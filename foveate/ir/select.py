@@ -121,12 +121,12 @@ def renumber(edit: Rewriter, whole: fx.Node, kept: fx.Node) -> None:
     whole, kept: orders of all visual tokens and of those that are left. Decoding goes on behind the shorter prompt.
     """
     graph = edit.graph
-    text = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    visual = next(n for n in text["visual_position_ids"].users if n.target == ops.take_tokens)
-    for ids, order in ((visual, kept), (text["text_position_ids"], text["text_order"])):
+    inputs = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    visual = next(n for n in inputs["visual_position_ids"].users if n.target == ops.take_tokens)
+    for ids, order in ((visual, kept), (inputs["text_position_ids"], inputs["text_order"])):
         users = list(ids.users)
         about = info(ids).with_(layer=0, role="renumber", by=edit.by, twin="")
-        with edit.after(kept if ids is not visual else visual):
+        with edit.after(visual):
             removed = edit.call(ops.removed_before, order, whole, kept, about=about)
             new = edit.call(aten.sub.Tensor, ids, removed, about=about)
         edit.replace(ids, new, where=users.__contains__)

@@ -43,14 +43,15 @@ class Prune:
     keeps the best by `given`, which holds either scores [B, most visual tokens of a row], in the order
     of the tokens, or a bool mask [B, S] that is True on the tokens to keep (`keep` is then not read,
     and what it says of text is ignored). `choose="pyramid"` goes by the same row as "fastv", but of `layer` itself, in
-    which all of them are still visible, and `keep` is a share of the visual tokens of the prompt. Ties go to the token
-    that comes first.
+    which all of them are still visible, and `keep` is a share of the tokens that reach the layer `of`. Ties go to the
+    token that comes first.
     """
 
     layer: int
     keep: float
     choose: Literal["fastv", "pyramid", "given"]
     given: Tensor | None = None
+    of: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,13 @@ class _Run:
         self.text = tokens.attended & ~tokens.visual
         self.alive = tokens.visual  # [B, S]: the visual tokens that are not pruned yet
         self.kept = [tokens.visual] * len(masks.prunes)
+        self.reaching: dict[int, Tensor] = {}  # `alive` as each layer found it
         self.scores: Tensor | None = None  # [B, S]: the last text token's row in the layer before
         self.layers_seen = 0
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of one layer: [B, H, S, E] each (keys and values already repeated) to [B, S, H, E]."""
+        self.reaching[layer] = self.alive
         logits = (query @ key.transpose(2, 3)) * scaling
         for index, prune in enumerate(self.masks.prunes):
             if prune.layer == layer:
@@ -275,7 +278,7 @@ class _Run:
         for row, alive in enumerate(self.alive):
             places = alive.nonzero().squeeze(1)
             best_first = scores[row, places].argsort(descending=True, stable=True)
-            whole = self.tokens.visual[row].sum() if prune.choose == "pyramid" else len(places)
+            whole = self.reaching[prune.of][row].sum() if prune.choose == "pyramid" else len(places)
             chosen[row, places[best_first[: math.floor(prune.keep * int(whole))]]] = True
         return chosen
 

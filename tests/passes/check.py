@@ -19,7 +19,7 @@ from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs
 from foveate.ops import PAD
 from foveate.passes import Pass, parse_pipeline, pipeline_text
-from tests.oracle.masked import Masks, Prune, masked_forward, masked_greedy
+from tests.oracle.masked import Masks, masked_forward, masked_greedy
 
 TOLERANCE = 1e-4
 
@@ -102,7 +102,7 @@ def _with_given(masks: Masks, out: Any, inputs: Any) -> Masks:
         given = prune.given
         if prune.choose == "given" and given is None:
             given = _kept_mask(out.kept[prune.layer], inputs["input_ids"])
-        prunes.append(Prune(prune.layer, prune.keep, prune.choose, given))
+        prunes.append(replace(prune, given=given))
     return replace(masks, prunes=tuple(prunes))
 
 

@@ -88,7 +88,8 @@ def test_numbering_anew_closes_the_gaps(gqa: Any, prompt: dict[str, Any]) -> Non
 
 
 def stages(layers: tuple[int, ...], keep: float) -> Masks:
-    return Masks(prunes=tuple(Prune(layer, keep**stage, "pyramid") for stage, layer in enumerate(layers, 1)))
+    first = layers[0]
+    return Masks(prunes=tuple(Prune(layer, keep**stage, "pyramid", of=first) for stage, layer in enumerate(layers, 1)))
 
 
 def test_pyramiddrop(model: Any) -> None:
@@ -116,7 +117,7 @@ def test_selections_with_everything_else(gqa: Any) -> None:
     neurons = torch.zeros(LAYERS, FFN, dtype=torch.bool)
     neurons[:, : FFN // 2] = True
     for selection, prune in (
-        (PyramidDrop((1, 2), 0.6), (Prune(1, 0.6, "pyramid"), Prune(2, 0.36, "pyramid"))),
+        (PyramidDrop((1, 2), 0.6), (Prune(1, 0.6, "pyramid", of=1), Prune(2, 0.36, "pyramid", of=1))),
         (GridPrune(2, 0.5), (given(2, 0.5),)),
         (DivPrune(0.5, positions="keep"), (given(0, 0.5),)),
     ):
