@@ -33,6 +33,7 @@ class FastV(Selection):
 
     name: ClassVar[str] = "fastv"
     source: ClassVar[str] = "FastV, arXiv 2403.06764"
+    first: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self.require(whole(self.layer) and self.layer >= 1, "layer", "1 or more: scores come from the layer before")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -25,6 +26,9 @@ from foveate.passes.base import Pass, Skipped, first_blind_layer, number, whole
 @dataclass(frozen=True)
 class Selection(Pass):
     """Before `layer`, floor(keep * n) of the n visual tokens that reach it stay; keep: above 0, up to 1."""
+
+    first: ClassVar[int] = 0
+    """The first layer before which the score is known."""
 
     layer: int = 2
     keep: float = 0.5
@@ -44,7 +48,7 @@ class Selection(Pass):
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         graph = edit.graph
-        self.require_layer(edit.program, "layer")
+        self.require_layer(edit.program, "layer", first=self.first)
         check_selection(self.name, edit, self.layer)
         if self.keep == 1:
             raise Skipped("keep=1 keeps every visual token")
