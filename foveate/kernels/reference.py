@@ -86,7 +86,7 @@ def diverse_scores(x: Tensor, order: Tensor, coords: Tensor, keep: float) -> Ten
         for image in set(coords[row, order[row] != PAD, 0].tolist()):
             places = [j for j in range(order.shape[1]) if order[row, j] != PAD and coords[row, j, 0] == image]
             unit = torch.nn.functional.normalize(x[row, places].float(), dim=-1)
-            far = 1 - unit @ unit.T
+            far = torch.minimum(1 - unit @ unit.T, (1 - unit @ unit.T).T)
             picked: list[int] = []
             for number in range(math.ceil(keep * len(places))):
                 others = picked or list(range(len(places)))

@@ -66,7 +66,7 @@ def _farthest_first(x: Tensor, count: int) -> Tensor:
     """Indices int64 [G, count] of unit vectors x [G, n, D]; `argmax` takes the first of several largest."""
     groups = torch.arange(len(x), device=x.device)
     picks = torch.empty(len(x), count, dtype=torch.int64, device=x.device)
-    nearest = torch.cat([_nearest(x, start) for start in range(0, x.shape[1], BLOCK)], 1)
+    nearest = _nearest(x)
     for number in range(count):
         picks[:, number] = nearest.argmax(1)
         if number == 0:
@@ -77,9 +77,19 @@ def _farthest_first(x: Tensor, count: int) -> Tensor:
     return picks
 
 
-def _nearest(x: Tensor, start: int) -> Tensor:
-    """Distance of some tokens to the nearest other one: [G, up to BLOCK]."""
-    some = x[:, start : start + BLOCK]
-    distance = 1 - some @ x.transpose(1, 2)
-    distance.diagonal(start, 1, 2).fill_(math.inf)
-    return distance.amin(2)
+def _nearest(x: Tensor) -> Tensor:
+    """Distance of each token to the nearest other one: [G, n].
+
+    Each pair's distance is computed once and serves both: two tokens that are nearest to each other must tie exactly, so
+    that the first of them wins on every machine.
+    """
+    blocks = x.split(BLOCK, 1)
+    nearest = [x.new_full(block.shape[:2], math.inf) for block in blocks]
+    for i, some in enumerate(blocks):
+        for j, others in enumerate(blocks[: i + 1]):
+            distance = 1 - some @ others.transpose(1, 2)
+            if i == j:
+                distance.diagonal(0, 1, 2).fill_(math.inf)
+            nearest[i] = torch.minimum(nearest[i], distance.amin(2))
+            nearest[j] = torch.minimum(nearest[j], distance.amin(1))
+    return torch.cat(nearest, 1)
