@@ -77,6 +77,34 @@ def live_inputs(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return {n: [u for u in n.users if u.op == "call_function"] for n in inputs}
 
 
+def made_in(layer: int, values: list[fx.Node]) -> set[fx.Node]:
+    """The nodes of `layer` that values are computed from, themselves included."""
+    found: set[fx.Node] = set()
+    stack = list(values)
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and info(node).layer >= layer and node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def live_beside(graph: fx.Graph, layer: int, needed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """As `live_into`, where nodes of the layer itself, `needed`, are computed before tokens are selected.
+
+    What they made for the rest of the layer is in it too, and the output is their user: the cache holds what is left.
+    """
+    live: dict[fx.Node, list[fx.Node]] = {}
+    for node, users in live_into(graph, layer).items():
+        if rest := [u for u in users if u not in needed]:
+            live[node] = rest
+    for node in graph.nodes:
+        rest = [u for u in node.users if u not in needed]
+        if rest and node in needed and info(node).stream == "visual" and isinstance(node.meta["val"], Tensor):
+            live[node] = rest
+    return live
+
+
 def keep_tokens(
     edit: Rewriter,
     layer: int,

@@ -80,8 +80,8 @@ def _farthest_first(x: Tensor, count: int) -> Tensor:
 def _nearest(x: Tensor) -> Tensor:
     """Distance of each token to the nearest other one: [G, n].
 
-    Each pair's distance is computed once and serves both: two tokens that are nearest to each other must tie exactly, so
-    that the first of them wins on every machine.
+    Each pair's distance is computed once and serves both: two tokens that are nearest to each other must tie
+    exactly, so that the first of them wins on every machine.
     """
     blocks = x.split(BLOCK, 1)
     nearest = [x.new_full(block.shape[:2], math.inf) for block in blocks]

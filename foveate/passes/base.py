@@ -61,6 +61,10 @@ class Pass(ABC):
         fits = (whole(value) and value >= 0) or (isinstance(value, float) and 0 < value < 1)
         self.require(fits, option, f"{what}, 0 or more, or a share of them between 0 and 1, such as 0.5")
 
+    def require_share(self, option: str) -> None:
+        """Raise PassError unless an option is a share that leaves something."""
+        self.require(number(value := getattr(self, option)) and 0 < value <= 1, option, "above 0, at most 1")
+
     def statistics(self, edit: Rewriter, stats: str | None, why: str) -> Statistics:
         """The statistics in the file `stats`, or those given to the whole pipeline.
 

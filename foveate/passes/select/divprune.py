@@ -18,7 +18,7 @@ from foveate.errors import PassError
 from foveate.ir.program import NodeInfo
 from foveate.ir.rewriter import Rewriter, shape
 from foveate.ir.select import coords_at, first_of_layer, keep_tokens, live_inputs, renumber, visual_order_at
-from foveate.passes.base import Pass, Skipped, number
+from foveate.passes.base import Pass
 from foveate.passes.select.selector import check_selection
 
 POSITIONS = ("renumber", "keep")
@@ -38,15 +38,13 @@ class DivPrune(Pass):
     positions: str = "renumber"
 
     def __post_init__(self) -> None:
-        self.require(number(self.keep) and 0 < self.keep <= 1, "keep", "above 0, at most 1")
+        self.require_share("keep")
         self.require(self.positions in POSITIONS, "positions", " or ".join(POSITIONS))
 
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         graph = edit.graph
-        check_selection(self.name, edit, 0)
-        if self.keep == 1:
-            raise Skipped("keep=1 keeps every visual token")
+        check_selection(self.name, edit, 0, self.keep)
         inputs = {n.name: n for n in graph.nodes if n.op == "placeholder"}
         if self.positions == "renumber" and len(shape(inputs["visual_position_ids"])) > 2:
             raise PassError(f"{self.name}: positions of several rows (M-RoPE) cannot be numbered anew; positions=keep")

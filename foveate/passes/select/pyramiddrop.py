@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, fx
+from torch import fx
 
 from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import NodeInfo, info
 from foveate.ir.rewriter import Rewriter
-from foveate.ir.select import keep_tokens, visual_order_at
-from foveate.passes.base import Pass, Skipped, number, whole
+from foveate.ir.select import keep_tokens, live_beside, made_in, visual_order_at
+from foveate.passes.base import Pass, whole
 from foveate.passes.select.rows import last_row
 from foveate.passes.select.selector import check_selection
 
@@ -47,7 +47,7 @@ class PyramidDrop(Pass):
         rising = isinstance(self.layers, tuple) and all(whole(x) and x >= 0 for x in self.layers)
         rising = rising and list(self.layers) == sorted(set(self.layers))
         self.require(rising, "layers", "layer numbers that rise, such as [8, 16, 24]")
-        self.require(number(self.keep) and 0 < self.keep <= 1, "keep", "above 0, at most 1")
+        self.require_share("keep")
 
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
@@ -55,11 +55,9 @@ class PyramidDrop(Pass):
         stages = self.layers or tuple(dict.fromkeys(count * quarter // 4 for quarter in (1, 2, 3)))
         if stages[-1] >= count:
             raise PassError(f"{self.name}: layer {stages[-1]} is not one of this model's {count}: 0 to {count - 1}")
-        if self.keep == 1:
-            raise Skipped("keep=1 keeps every visual token")
         reach = visual_order_at(edit.graph, stages[0])
         for stage, layer in enumerate(stages, 1):
-            check_selection(self.name, edit, layer)
+            check_selection(self.name, edit, layer, self.keep)
             share = float(self.keep**stage)
             self._stage(edit, layer, share, reach)
             yield f"before layer {layer}: floor({share:g} x visual tokens) kept by the last text token's attention"
@@ -70,33 +68,11 @@ class PyramidDrop(Pass):
         if not rows:
             raise PassError(f"{self.name}: no head of layer {layer} looks at visual tokens, so there is no score")
         seen = Attention.of(rows[0])
-        needed = _made_from(layer, [seen.q[0], *seen.k])
-        live = {n: users for n in graph.nodes if (users := _later(n, layer, needed))}
+        needed = made_in(layer, [seen.q[0], *seen.k])
+        live = live_beside(graph, layer, needed)
         # What the score needs comes first, so that everything else in the layer can work on what is left.
         start = next(n for n in graph.nodes if n.op == "call_function" and info(n).layer >= layer and n not in needed)
         edit.hoist([n for n in graph.nodes if n in needed], start)
         with edit.before(start):
             scores = last_row(edit, rows[0], NodeInfo(layer, "select", "visual", self.name))
         keep_tokens(edit, layer, scores, keep, live, reach)
-
-
-def _made_from(layer: int, values: list[fx.Node]) -> set[fx.Node]:
-    """The nodes of a layer that values are computed from, themselves included."""
-    found: set[fx.Node] = set()
-    stack = list(values)
-    while stack:
-        node = stack.pop()
-        if node.op == "call_function" and info(node).layer >= layer and node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
-
-
-def _later(node: fx.Node, layer: int, needed: set[fx.Node]) -> list[fx.Node]:
-    """Who uses a visual value once the layer's score is there."""
-    if node.op == "output" or info(node).stream != "visual" or not isinstance(node.meta["val"], Tensor):
-        return []
-    if node in needed:
-        return [u for u in node.users if u not in needed]  # the output too: the cache holds what is left
-    users = [u for u in node.users if u.op == "call_function" and info(u).layer >= layer and u not in needed]
-    return users if info(node).layer < layer else []

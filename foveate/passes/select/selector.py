@@ -20,7 +20,7 @@ from foveate.errors import PassError
 from foveate.ir.program import NodeInfo, outputs
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.select import first_of_layer, keep_tokens, live_into
-from foveate.passes.base import Pass, Skipped, first_blind_layer, number, whole
+from foveate.passes.base import Pass, Skipped, first_blind_layer, whole
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Selection(Pass):
 
     def __post_init__(self) -> None:
         self.require(whole(self.layer) and self.layer >= 0, "layer", "a layer number, 0 or more")
-        self.require(number(self.keep) and 0 < self.keep <= 1, "keep", "above 0, at most 1")
+        self.require_share("keep")
 
     @abstractmethod
     def scores(self, edit: Rewriter, about: NodeInfo) -> fx.Node:
@@ -49,9 +49,7 @@ class Selection(Pass):
         """See the module's text."""
         graph = edit.graph
         self.require_layer(edit.program, "layer", first=self.first)
-        check_selection(self.name, edit, self.layer)
-        if self.keep == 1:
-            raise Skipped("keep=1 keeps every visual token")
+        check_selection(self.name, edit, self.layer, self.keep)
         live = live_into(graph, self.layer)
         with edit.before(first_of_layer(graph, self.layer)):
             scores = self.scores(edit, NodeInfo(self.layer, "select", "visual", self.name))
@@ -59,8 +57,10 @@ class Selection(Pass):
         yield f"before layer {self.layer}: floor({self.keep} x visual tokens) kept {self.how()}"
 
 
-def check_selection(name: str, edit: Rewriter, layer: int) -> None:
-    """Raise PassError where tokens cannot be selected before `layer`."""
+def check_selection(name: str, edit: Rewriter, layer: int, keep: float) -> None:
+    """Raise PassError where tokens cannot be selected before `layer`, Skipped where nothing would be removed."""
+    if keep == 1:
+        raise Skipped("keep=1 keeps every visual token")
     blind = first_blind_layer(edit.graph)
     if layer >= blind:
         raise PassError(
