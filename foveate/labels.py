@@ -33,16 +33,20 @@ class Asked:
 
 
 def next_labels(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
-    """Each token's label, int64 [B, S]: that of the token behind it, -100 for padding and for the last one.
+    """Each token's label, int64 [B, S]: that of the next token that is no padding; -100 for padding and for the last.
 
     Raises InputError where labels do not fit, or there are none.
     """
     if labels.shape != input_ids.shape:
         raise InputError(f"labels have shape {tuple(labels.shape)}; input_ids has {tuple(input_ids.shape)}")
     following = pad(labels[:, 1:], (0, 1), value=NO_LABEL)
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
-        # Nothing is predicted from padding: with padding on the left that is a row's first token.
-        following = following.masked_fill(~attention_mask.bool(), NO_LABEL)
+    if attention_mask is not None:
+        # Nothing is predicted from padding, and padding predicts nothing; it may stand between tokens, where an image
+        # has become shorter.
+        real, length = attention_mask.bool(), labels.shape[1]
+        places = torch.arange(length, device=labels.device).masked_fill(~real, length)
+        behind = pad(places[:, 1:], (0, 1), value=length).flip(1).cummin(1).values.flip(1)
+        following = pad(labels, (0, 1), value=NO_LABEL).gather(1, behind).masked_fill(~real, NO_LABEL)
     if bool((following == NO_LABEL).all()):
         raise InputError(f"every label is {NO_LABEL}: there is nothing to learn from this batch")
     return following

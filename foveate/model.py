@@ -21,8 +21,9 @@ from foveate.ir.program import Program
 from foveate.ir.train import derive_train
 from foveate.ir.weights import linear_weights
 from foveate.labels import NO_LABEL, asked_of, next_labels
+from foveate.ops import PAD
 from foveate.steps import Capture, captured, cuda_graph
-from foveate.streams import Stream, Streams, arrange
+from foveate.streams import Images, Stream, Streams, arrange, shorten
 
 OWN = "weights."
 """What precedes a weight's Hugging Face name in `OptimizedModel.state_dict()`."""
@@ -123,12 +124,13 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
     ) -> NextToken:
         inputs, streams = self.prefill_inputs(input_ids, pixel_values, attention_mask, position_ids)
         out = self._run["prefill"](inputs)
-        kept = {int(layer): order for layer, order in out["kept"].items()}
         if use_cache:
             cache = cache if isinstance(cache, VisualTextCache) else VisualTextCache()
-            orders = {"visual_order": streams.visual.order, **{f"kept_{n}": order for n, order in kept.items()}}
+            orders = {"visual_order": streams.visual.order, **{f"kept_{n}": o for n, o in out["kept"].items()}}
             cache.fill(out["kv"], orders, streams.text.order, streams.prefix, input_ids.shape[1], streams.next_position)
-        return NextToken(logits=out["logits"], past_key_values=cache if use_cache else None, kept=kept or None)
+        return NextToken(
+            logits=out["logits"], past_key_values=cache if use_cache else None, kept=self._kept(out["kept"], streams)
+        )
 
     def _run_train(
         self,
@@ -143,20 +145,18 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             # Eager whatever the backend: compiled backward graphs do not hold for every size of prompt yet.
             graphs = {"vision": self.program.graphs["vision"], "train": derive_train(self.program)}
             self._train = {name: lower_graph(self.program, "eager", name, graph) for name, graph in graphs.items()}
+        about, images = self.program.info, self._images(pixel_values, self._train)
+        attention_mask, position_ids = shorten(about, input_ids, attention_mask, position_ids, images)
         following = next_labels(input_ids, attention_mask, labels)
-        asked_for = following != NO_LABEL
-        features = self._features(pixel_values, self._train)
-        images = 0 if features is None else len(features)
-        streams = arrange(self.program.info, input_ids, attention_mask, position_ids, images, asked_for)
+        streams = arrange(about, input_ids, attention_mask, position_ids, images, following != NO_LABEL)
         asked = asked_of(streams, following)
-        inputs = {**self._inputs(input_ids, streams, features), "asked": asked.columns, "asking": asked.asking}
+        inputs = {**self._inputs(input_ids, streams, images), "asked": asked.columns, "asking": asked.asking}
         out = self._train["train"](inputs)
         logits = out["logits"]
         loss = ForCausalLMLoss(
             logits, None, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=asked.labels
         )
-        kept = {int(layer): order for layer, order in out["kept"].items()}
-        return NextToken(loss=loss, logits=logits, labels=asked.labels, kept=kept or None)
+        return NextToken(loss=loss, logits=logits, labels=asked.labels, kept=self._kept(out["kept"], streams))
 
     def prefill_inputs(
         self,
@@ -166,10 +166,18 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         position_ids: Tensor | None = None,
     ) -> tuple[dict[str, Tensor | int], Streams]:
         """What a prefill graph takes, by name, from what the model's processor returns; and the prompts in streams."""
-        features = self._features(pixel_values, self._run)
-        images = 0 if features is None else len(features)
-        streams = arrange(self.program.info, input_ids, attention_mask, position_ids, images)
-        return self._inputs(input_ids, streams, features), streams
+        about, images = self.program.info, self._images(pixel_values, self._run)
+        attention_mask, position_ids = shorten(about, input_ids, attention_mask, position_ids, images)
+        streams = arrange(about, input_ids, attention_mask, position_ids, images)
+        return self._inputs(input_ids, streams, images), streams
+
+    def _kept(self, chosen: Mapping[str, Tensor], streams: Streams) -> dict[int, Tensor] | None:
+        """For each layer before which tokens were selected, the places of those that stay; that of CLS is padding."""
+        orders = {0: streams.visual.order} if self.program.shortens else {}
+        orders |= {int(layer): order for layer, order in chosen.items()}
+        padded = {layer: order == PAD for layer, order in orders.items()}
+        places = {n: streams.origin.gather(1, order.masked_fill(padded[n], 0)) for n, order in orders.items()}
+        return {n: place.masked_fill(padded[n], PAD) for n, place in places.items()} or None
 
     def _run_decode(self, input_ids: Tensor, cache: VisualTextCache) -> NextToken:
         batch, tokens = input_ids.shape
@@ -190,8 +198,8 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             cache.extend(out["kv"], order)
         return NextToken(logits=logits, past_key_values=cache)
 
-    def _features(self, pixel_values: Tensor | None, run: Mapping[str, Runner]) -> Tensor | None:
-        """Visual embeddings [I, tokens per image, D] of all images of the batch."""
+    def _images(self, pixel_values: Tensor | None, run: Mapping[str, Runner]) -> Images | None:
+        """The visual tokens of all images of the batch."""
         if pixel_values is None:
             return None
         expected = self.program.info.image_size
@@ -200,16 +208,15 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
                 f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes [images, "
                 f"{', '.join(map(str, expected))}]"
             )
-        features = run["vision"]({"pixel_values": pixel_values.to(self.dtype)})["out"]
-        assert isinstance(features, Tensor)  # the vision graph returns one tensor
-        return features
+        out = run["vision"]({"pixel_values": pixel_values.to(self.dtype)})
+        return Images(out["out"], out.get("source"), out.get("count"))
 
-    def _inputs(self, input_ids: Tensor, streams: Streams, features: Tensor | None) -> dict[str, Tensor | int]:
+    def _inputs(self, input_ids: Tensor, streams: Streams, images: Images | None) -> dict[str, Tensor | int]:
         text = self._embed(input_ids.gather(1, streams.text.index))
-        if features is None:
+        if images is None or not images.width:
             visual = text.new_zeros(text.shape[0], 0, text.shape[2])
         else:
-            flat = features.flatten(0, 1)
+            flat = images.features.flatten(0, 1)
             visual = flat[streams.feature.gather(1, streams.visual.index)]
             # The last visual token of a prompt that ends in an image travels with the text.
             moved = streams.image.gather(1, streams.text.index) & (streams.text.order >= 0)

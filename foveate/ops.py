@@ -40,8 +40,11 @@ LIBRARY.define("residual(Tensor x, Tensor y, Tensor rest) -> Tensor")
 LIBRARY.define("take_tokens(Tensor x, Tensor index, int dim) -> Tensor")
 LIBRARY.define("random_scores(Tensor order, int seed) -> Tensor")
 LIBRARY.define("grid_scores(Tensor coords) -> Tensor")
-LIBRARY.define("diverse_scores(Tensor x, Tensor order, Tensor coords, float keep) -> Tensor")
-LIBRARY.define("removed_before(Tensor order, Tensor whole, Tensor kept) -> Tensor")
+LIBRARY.define("places(Tensor x) -> Tensor")
+LIBRARY.define("diverse_scores(Tensor x, float keep) -> Tensor")
+LIBRARY.define("distinct_scores(Tensor row, Tensor x, float keep, float important) -> Tensor")
+LIBRARY.define("visionzip(Tensor row, Tensor metric, int dominant, int contextual) -> (Tensor, Tensor)")
+LIBRARY.define("prumerge(Tensor row, Tensor metric, float? keep, bool plus, int neighbors) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
     "attention_statistics(Tensor[] q, Tensor[] k, Tensor[] out, Tensor[] q_order, Tensor[] k_order, Tensor coords,"
     " int distances, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -117,17 +120,39 @@ grid_scores = torch.ops.foveate.grid_scores.default
 Row and column are read as binary numbers from their low ends: half of the tokens are a checkerboard, a quarter every
 second row and column. Exact up to 4096 rows or columns."""
 
+places = torch.ops.foveate.places.default
+"""0 to n - 1 in every row: x [B, n, ...] -> int64 [B, n]."""
+
 diverse_scores = torch.ops.foveate.diverse_scores.default
 """Scores of tokens that differ from one another, by DivPrune's max-min rule (arXiv 2503.02175, algorithm 1).
 
-x [B, n, D], order int64 [B, n], coords int64 [B, n, 3] -> fp32 [B, n]. In each image of n_i tokens ceil(keep * n_i)
-are picked: first the one whose nearest other token is farthest by 1 - cosine, then ever the one that is farthest from
-its nearest picked one; the lower index in a tie. The pick number p (from 0) scores 1 - p / n_i, all others 0."""
+x [I, n, D] -> fp32 [I, n]. In each row ceil(keep * n) tokens are picked: first the one whose nearest other token is
+farthest by 1 - cosine, then ever the one that is farthest from its nearest picked one; the lower index in a tie. The
+pick number p (from 0) scores 1 - p / n, all others 0."""
 
-removed_before = torch.ops.foveate.removed_before.default
-"""How many tokens were removed before each: order [B, n], of all tokens [B, m], of the kept ones -> int64 [B, n].
+distinct_scores = torch.ops.foveate.distinct_scores.default
+"""1 for the tokens that VisPruner keeps, 0 for others (arXiv 2412.01818, section 3): row [I, n], x [I, n, C] -> [I, n].
 
-All are int64 orders; those of all tokens and of the kept ones ascend, with `PAD` behind."""
+Of T = floor(keep * n) tokens the floor(important * T) with the highest `row` stay. From the others, in the order of
+`row`, in each round up to 8 go that are most alike to another one: those at even places of the list are compared with
+those at odd ones by cosine; what is left of the even ones, most alike first, then stands before the odd ones."""
+
+visionzip = torch.ops.foveate.visionzip.default
+"""Dominant and contextual tokens (VisionZip, arXiv 2412.04467, section 3.2) as weights of all n tokens.
+
+row fp32 [I, n], metric [I, n, e] -> weights fp32 [I, dominant + contextual, n], and the place in 0 to n - 1 that each
+new token stands for. The `dominant` tokens with the highest row stand for themselves. Of the rest every s-th is a
+target, s = rest // contextual; the others join the target that is most alike by cosine, and the mean of those who
+joined is added to it."""
+
+prumerge = torch.ops.foveate.prumerge.default
+"""PruMerge's tokens (arXiv 2403.15388, section 3) as weights of all n tokens.
+
+row fp32 [I, n], what the CLS token pays; metric [I, n, e] -> weights fp32 [I, k, n], places int64 [I, k], count [I].
+An image keeps the tokens whose row lies above the third quartile by more than 1.5 times the interquartile range
+(keep None: then k = n), or floor(keep * n) - 1 = k - 1, by falling row. `plus` adds a uniform sample in the order
+of the image: every s-th place but the last, s = n // kept // 3; with a `keep`, half of it. To each the `neighbors` most
+alike tokens are added, times their row; behind the kept ones stands the sum of all that go, times their row, if any."""
 
 attention_statistics = torch.ops.foveate.attention_statistics.default
 """What one layer's attention looks at, for calibration; q, k, out and orders are lists of a visual and a text stream.
@@ -231,14 +256,36 @@ def _grid_scores(coords: Tensor) -> Tensor:
     return coords.new_empty(coords.shape[:2], dtype=torch.float32)
 
 
+@torch.library.register_fake("foveate::places", lib=LIBRARY)
+def _places(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
 @torch.library.register_fake("foveate::diverse_scores", lib=LIBRARY)
-def _diverse_scores(x: Tensor, order: Tensor, coords: Tensor, keep: float) -> Tensor:
-    return order.new_empty(order.shape, dtype=torch.float32)
+def _diverse_scores(x: Tensor, keep: float) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("foveate::removed_before", lib=LIBRARY)
-def _removed_before(order: Tensor, whole: Tensor, kept: Tensor) -> Tensor:
-    return torch.empty_like(order)
+@torch.library.register_fake("foveate::distinct_scores", lib=LIBRARY)
+def _distinct_scores(row: Tensor, x: Tensor, keep: float, important: float) -> Tensor:
+    return torch.empty_like(row)
+
+
+@torch.library.register_fake("foveate::visionzip", lib=LIBRARY)
+def _visionzip(row: Tensor, metric: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
+    images, count = row.shape
+    width = dominant + contextual
+    return row.new_empty(images, width, count), row.new_empty(images, width, dtype=torch.int64)
+
+
+@torch.library.register_fake("foveate::prumerge", lib=LIBRARY)
+def _prumerge(
+    row: Tensor, metric: Tensor, keep: float | None, plus: bool, neighbors: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, count = row.shape
+    width = count if keep is None else math.floor(keep * count)
+    places = row.new_empty(images, width, dtype=torch.int64)
+    return row.new_empty(images, width, count), places, places.new_empty(images)
 
 
 @torch.library.register_fake("foveate::attention_statistics", lib=LIBRARY)
@@ -266,6 +313,22 @@ def _activity(x: Tensor, order: Tensor) -> Tensor:
 @torch.library.register_fake("foveate::divergence", lib=LIBRARY)
 def _divergence(logits: Tensor, other: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+ROUND = 8
+"""Tokens that go in one round of `distinct_scores`."""
+
+
+def distinct_pairs(count: int, keep: float, important: float) -> int:
+    """Pairs of tokens that `distinct_scores` compares in all its rounds, for an image of so many tokens."""
+    total = math.floor(keep * count)
+    wanted = total - math.floor(important * total)
+    rest, pairs = count - (total - wanted), 0
+    while rest > wanted > 0:
+        even = (rest + 1) // 2
+        pairs += even * (rest - even)
+        rest -= min(ROUND, rest - wanted, even)
+    return pairs
 
 
 def attention_pairs(queries: Sequence[int], keys: Sequence[int], layout: str, prefix: int) -> tuple[int, int]:

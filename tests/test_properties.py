@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from foveate.models.random import random_llava
 from foveate.passes import (
     CutVisual,
-    DivPrune,
     DropVisualHeads,
     DropVisualNeurons,
     FastV,
@@ -22,6 +21,7 @@ from foveate.passes import (
 )
 from tests.oracle.masked import Masks, Neighbors, Prune
 from tests.passes.check import check_pass
+from tests.passes.test_vision import METHODS
 
 FFN = 48
 SHAPES = [(4, 4), (4, 2), (6, 2), (4, 1)]
@@ -39,7 +39,7 @@ def small_model(layers: int, heads: int, kv_heads: int):
     key = (layers, heads, kv_heads)
     if key not in _MODELS:
         _MODELS[key] = random_llava(
-            layers=layers, hidden=heads * 8, heads=heads, kv_heads=kv_heads, ffn=FFN, visual_tokens=9
+            layers=layers, hidden=heads * 8, heads=heads, kv_heads=kv_heads, ffn=FFN, visual_tokens=16
         )
     return _MODELS[key]
 
@@ -79,9 +79,9 @@ def cases(draw):
             method, choose = draw(st.sampled_from(SELECTIONS))
             passes.append(method(layer, keep))
             prunes.append(Prune(layer, keep, choose, of=layer))
-    if draw(st.booleans()) and end > 0:
-        passes.append(DivPrune(0.7, positions="keep"))
-        prunes.append(Prune(0, 0.7, "given"))
+    method, vision = draw(st.sampled_from([(None, None), *METHODS.values()]))
+    if method is not None:
+        passes.append(method)
     if draw(st.booleans()) and end > 1:
         options = {
             "radius": draw(st.integers(0, 2)),
@@ -90,7 +90,7 @@ def cases(draw):
             "see_prefix": draw(st.booleans()),
         }
         passes.append(NeighborAttention(**options))
-        fields["neighbors"] = Neighbors((3, 3), **options)
+        fields["neighbors"] = Neighbors((4, 4), **options)
     # A cut must not come before a selection in the pipeline; every other order is legal.
     passes = draw(st.permutations(passes))
     passes = [p for p in passes if not isinstance(p, CutVisual)] + [p for p in passes if isinstance(p, CutVisual)]
@@ -107,14 +107,14 @@ def cases(draw):
             ]
         )
     )
-    return (layers, heads, kv_heads), passes, masks, prompt
+    return (layers, heads, kv_heads), passes, masks, prompt, vision
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(cases())
 def test_any_pipeline_equals_the_masked_oracle(case):
-    shape, passes, masks, prompt = case
+    shape, passes, masks, prompt, vision = case
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check_pass(small_model(*shape), passes, masks, [prompt])
+        check_pass(small_model(*shape), passes, masks, [prompt], vision)

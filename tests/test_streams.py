@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from foveate import streams as taken_apart
 from foveate.errors import InputError
 from foveate.ir.program import ModelInfo
 from foveate.ops import PAD
-from foveate.streams import Stream, Streams, arrange
+from foveate.streams import NOWHERE, Images, Stream, Streams
 
 IMAGE, GRID = 99, (1, 3)
 TOKENS = GRID[0] * GRID[1]
@@ -36,6 +37,15 @@ INFO = ModelInfo(
 )
 
 Row = list[int]
+
+
+def arrange(
+    info: ModelInfo, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, images: int
+) -> Streams:
+    """Prompts whose images are whole."""
+    shown = Images(torch.zeros(images, TOKENS, 1)) if images else None
+    mask, positions = taken_apart.shorten(info, input_ids, attention_mask, position_ids, shown)
+    return taken_apart.arrange(info, input_ids, mask, positions, shown)
 
 
 def image_or_text(draw: st.DrawFn) -> Row:
@@ -188,7 +198,7 @@ def test_a_hole_in_the_attention_mask_is_padding() -> None:
     streams = arrange(INFO, ids, mask, None, 1)
     assert row_of(streams.visual, 0)[0] == [2, 4]
     assert row_of(streams.text, 0) == ([0, 5, 6], [0, 3, 4])
-    assert streams.prefix == -1
+    assert streams.prefix == 1 and promise_holds(streams)
     assert streams.feature.gather(1, streams.visual.index).tolist() == [[0, 2]]
 
 
@@ -206,6 +216,58 @@ def test_without_an_attention_mask_every_token_is_real() -> None:
     given_, none = arrange(INFO, ids, mask, None, 1), arrange(INFO, ids, None, None, 1)
     assert torch.equal(given_.text.order, none.text.order)
     assert given_.prefix == none.prefix == 2
+
+
+@settings(deadline=None, max_examples=80)
+@given(rows=prompts, side=st.sampled_from(["left", "right"]), data=st.data())
+def test_images_that_became_shorter(rows: list[Row], side: str, data: st.DataObject) -> None:
+    """As if the prompts had been written with fewer image tokens."""
+    ids, mask = padded(rows, side)
+    counts = data.draw(st.lists(st.integers(0, TOKENS), min_size=images_in(rows), max_size=images_in(rows)))
+    if not counts or any(row == [IMAGE] * len(row) for row in rows):
+        return
+    source = torch.tensor([data.draw(st.permutations(range(TOKENS))) for _ in counts])
+    images = Images(torch.zeros(len(counts), TOKENS, 1), source, torch.tensor(counts))
+    hidden, positions = taken_apart.shorten(INFO, ids, mask, (mask.cumsum(1) - 1).clamp(min=0), images)
+    streams = taken_apart.arrange(INFO, ids, hidden, positions, images)
+    own = taken_apart.arrange(INFO, ids, hidden, None, images)
+    number, shorter = 0, []
+    for row in rows:
+        tokens, at = [], 0
+        while at < len(row):
+            if row[at] == IMAGE:
+                tokens += [(number, place) for place in range(counts[number])]
+                number, at = number + 1, at + TOKENS
+            else:
+                tokens, at = [*tokens, row[at]], at + 1
+        shorter.append(tokens)
+    for row, tokens in enumerate(shorter):
+        found: dict[int, Any] = {}
+        for stream in (streams.visual, streams.text):
+            for order, index, position in zip(stream.order[row], stream.index[row], stream.position_ids[row]):
+                if order != PAD:
+                    feature = divmod(int(streams.feature[row, index]), TOKENS)
+                    found[int(position)] = feature if ids[row, index] == IMAGE else int(ids[row, index])
+        assert [found[place] for place in range(len(tokens))] == tokens
+        assert int(streams.next_position[row]) == len(tokens) == int(own.next_position[row])
+    valid = streams.visual.order != PAD
+    assert torch.equal(streams.visual.position_ids, own.visual.position_ids)
+    places = streams.feature.gather(1, streams.visual.index)[valid]
+    assert torch.equal(streams.coords[valid][:, 2], source.flatten()[places] % TOKENS)
+    assert torch.equal(streams.coords[valid][:, 0], places // TOKENS)
+    origin = streams.origin.gather(1, streams.visual.index)[valid]
+    assert bool((ids.flatten()[origin + ids.shape[1] * valid.nonzero()[:, 0]] == IMAGE).all())
+    assert streams.prefix == -1 or promise_holds(streams)
+    assert len(streams.grids) == 0
+
+
+def test_a_token_without_a_place_is_far_from_all_others() -> None:
+    ids, mask = padded([[1, *[IMAGE] * 3, 2]], "left")
+    images = Images(torch.zeros(1, 2, 1), torch.tensor([[-1, 2]]))
+    hidden, _ = taken_apart.shorten(INFO, ids, mask, None, images)
+    streams = taken_apart.arrange(INFO, ids, hidden, None, images)
+    assert streams.coords.tolist() == [[[0, NOWHERE, NOWHERE], [0, 0, 2]]]
+    assert streams.origin.gather(1, streams.visual.index).tolist() == [[PAD, 3]]
 
 
 PROMPT = [1, *[IMAGE] * 3, 2]

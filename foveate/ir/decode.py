@@ -85,8 +85,7 @@ class _Decode:
                 self.visual[node] = edit.placeholder(f"visual_{letter}_{number}", node.meta["val"], about)
 
     def _text(self, node: fx.Node) -> fx.Node:
-        # Positions may be numbered anew by the visual tokens that were removed, whose places the cache knows.
-        return self._copy(node, self.new, lambda n: self.new[n] if n in self.new else self.visual[n])
+        return self._copy(node, self.new, self.new.__getitem__)
 
     def _copy(self, node: fx.Node, memory: dict[fx.Node, fx.Node], get: Callable[[fx.Node], fx.Node]) -> fx.Node:
         if node.op == "get_attr":
@@ -143,8 +142,6 @@ def _reachable(wanted: list[fx.Node]) -> list[fx.Node]:
 
 
 def _text_inputs(node: fx.Node) -> list[fx.Node]:
-    if node.target == ops.removed_before:
-        return node.all_input_nodes[:1]
     if node.target != ops.attention:
         return node.all_input_nodes
     attention = Attention.of(node)

@@ -206,6 +206,22 @@ class Program:
         return self.graphs["prefill"]
 
     @property
+    def shortens(self) -> bool:
+        """Whether the vision graph makes fewer visual tokens of an image than the prompt has for it."""
+        return "source" in outputs(self.graphs["vision"])
+
+    @property
+    def depends_on_image(self) -> bool:
+        """Whether the number of visual tokens that the vision graph leaves of an image depends on that image."""
+        return "count" in outputs(self.graphs["vision"])
+
+    @property
+    def tokens_left(self) -> int:
+        """How many visual tokens the vision graph makes of an image, at most."""
+        out: Tensor = outputs(self.graphs["vision"])["out"].meta["val"]
+        return int(out.shape[1]) if self.shortens else self.info.tokens_per_image
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the token embedding, which is that of the weights."""
         return self.weights.get(self.info.paths["embed"]).dtype

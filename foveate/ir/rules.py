@@ -34,8 +34,8 @@ INPUTS = {
 OUTPUTS = {"vision": {"out"}, "prefill": {"logits", "kv", "kept"}, "decode": {"logits", "kv"}}
 """What each graph returns."""
 
-OBSERVED = {"prefill": {"statistics"}}
-"""What a graph may return besides; see `foveate.ir.observe`."""
+BESIDES = {"vision": {"source", "count"}, "prefill": {"statistics"}}
+"""What a graph may return besides; see `foveate.ir.vision` and `foveate.ir.observe`."""
 
 
 def interface(program: Program, name: str, graph: fx.Graph) -> Complaints:
@@ -45,7 +45,7 @@ def interface(program: Program, name: str, graph: fx.Graph) -> Complaints:
             yield node, f"is no input of a {name} graph"
     end = graph.output_node()
     result = args_of(end)[0]
-    if not isinstance(result, dict) or set(result) - OBSERVED.get(name, set()) != OUTPUTS[name]:
+    if not isinstance(result, dict) or set(result) - BESIDES.get(name, set()) != OUTPUTS[name]:
         yield end, f"does not return exactly {', '.join(sorted(OUTPUTS[name]))}"
     elif not isinstance(result.get("out", result.get("logits")), fx.Node):
         yield end, "does not return a value"

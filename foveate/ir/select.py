@@ -71,12 +71,6 @@ def hidden_into(edit: Rewriter, layer: int) -> fx.Node:
     return values[-1]
 
 
-def live_inputs(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Visual inputs of a graph -> their users: what `keep_tokens` takes before anything else is computed."""
-    inputs = [n for n in graph.nodes if n.op == "placeholder" and info(n).stream == "visual" and n.users]
-    return {n: [u for u in n.users if u.op == "call_function"] for n in inputs}
-
-
 def made_in(layer: int, values: list[fx.Node]) -> set[fx.Node]:
     """The nodes of `layer` that values are computed from, themselves included."""
     found: set[fx.Node] = set()
@@ -112,13 +106,13 @@ def keep_tokens(
     keep: float,
     live: dict[fx.Node, list[fx.Node]],
     whole: fx.Node | None = None,
-) -> fx.Node:
+) -> None:
     """From `layer` on, only the floor(keep * n) visual tokens with the highest scores exist.
 
     scores: [B, n] fp32, computed from what enters the layer. live: visual values -> their users from then on, such as
     `live_into(graph, layer)` finds them; taken before the scores were added. whole: the order of the tokens that
-    `keep` is a share of, if they are not those that are left. The places of the kept tokens, which are returned, become
-    the output `kept[layer]`.
+    `keep` is a share of, if they are not those that are left. The places of the kept tokens become the output
+    `kept[layer]`.
     """
     graph = edit.graph
     axes: Axes = token_axes(graph, token_inputs(graph))
@@ -140,25 +134,6 @@ def keep_tokens(
     edit.output(result)
     edit.refresh()
     edit.sweep()
-    return kept
-
-
-def renumber(edit: Rewriter, whole: fx.Node, kept: fx.Node) -> None:
-    """Give every token the position it has without the removed ones; before layer 0 only.
-
-    whole, kept: orders of all visual tokens and of those that are left. Decoding goes on behind the shorter prompt.
-    """
-    graph = edit.graph
-    inputs = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    visual = next(n for n in inputs["visual_position_ids"].users if n.target == ops.take_tokens)
-    for ids, order in ((visual, kept), (inputs["text_position_ids"], inputs["text_order"])):
-        users = list(ids.users)
-        about = info(ids).with_(layer=0, role="renumber", by=edit.by, twin="")
-        with edit.after(visual):
-            removed = edit.call(ops.removed_before, order, whole, kept, about=about)
-            new = edit.call(aten.sub.Tensor, ids, removed, about=about)
-        edit.replace(ids, new, where=users.__contains__)
-    edit.refresh()
 
 
 def token_inputs(graph: fx.Graph) -> dict[str, int]:

@@ -43,6 +43,12 @@ _VISION = (
     aten.mul.Scalar,
     ops.encoder_attention,
     ops.varlen_attention,
+    ops.places,
+    ops.diverse_scores,
+    ops.distinct_scores,
+    ops.visionzip,
+    ops.prumerge,
+    aten._upsample_bilinear2d_aa.default,
 )
 OPS: dict[str, Any] = {str(op): op for op in (*RULES, *_VISION) if op is not operator.getitem}
 """Every op a graph may call, by its name in the text."""

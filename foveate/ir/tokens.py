@@ -262,8 +262,6 @@ RULES: dict[Any, Rule] = {
     ops.attention_row: _scores,
     ops.random_scores: _selection,
     ops.grid_scores: _selection,
-    ops.diverse_scores: _selection,
-    ops.removed_before: _selection,
     ops.top_tokens: _selection,
     ops.attention_statistics: _counted,
     ops.activity: _counted,

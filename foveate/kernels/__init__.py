@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, linear, scores, statistics, tokens
+from foveate.kernels import attention, counting, linear, merging, scores, statistics, tokens
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import differentiable
 from foveate.kernels.neighbor import dispatch
@@ -28,8 +28,11 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "take_tokens": tokens.take_tokens,
     "random_scores": scores.random_scores,
     "grid_scores": scores.grid_scores,
+    "places": scores.places,
     "diverse_scores": scores.diverse_scores,
-    "removed_before": tokens.removed_before,
+    "distinct_scores": scores.distinct_scores,
+    "visionzip": merging.visionzip,
+    "prumerge": merging.prumerge,
     "attention_statistics": statistics.attention_statistics,
     "activity": statistics.activity,
     "divergence": statistics.divergence,

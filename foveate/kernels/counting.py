@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.kernels.neighbor.dispatch import planned
-from foveate.kernels.scores import images_by_size
-from foveate.ops import attention_pairs
+from foveate.ops import attention_pairs, distinct_pairs
 
 
 def _attention(
@@ -60,9 +59,24 @@ def _row(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
     return 2 * q.numel() * sum(x.shape[2] for x in k)
 
 
-def _diverse(x: Tensor, order: Tensor, coords: Tensor, keep: float, *rest: Any, **also: Any) -> int:
-    sizes = [(len(places), places.shape[1] - 1) for places in images_by_size(order, coords)]
-    return 2 * x.shape[2] * sum(images * n * (n + math.ceil(keep * n)) for images, n in sizes)
+def _diverse(x: Tensor, keep: float, *rest: Any, **also: Any) -> int:
+    images, n, width = x.shape
+    return 2 * images * width * n * (n + math.ceil(keep * n))
+
+
+def _distinct(row: Any, x: Tensor, keep: float, important: float, *rest: Any, **also: Any) -> int:
+    images, n, width = x.shape
+    return 2 * images * width * distinct_pairs(n, keep, important)
+
+
+def _visionzip(row: Any, metric: Tensor, dominant: int, contextual: int, *rest: Any, **also: Any) -> int:
+    images, n, width = metric.shape
+    return 2 * images * width * contextual * (n - dominant - contextual)
+
+
+def _prumerge(row: Any, metric: Tensor, *rest: Any, **also: Any) -> int:
+    images, n, width = metric.shape
+    return 2 * images * width * n * n
 
 
 def linear(x: Tensor, weight: Tensor, *rest: Any, **also: Any) -> int:
@@ -78,5 +92,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "varlen_attention": _varlen_attention,
     "attention_row": _row,
     "diverse_scores": _diverse,
+    "distinct_scores": _distinct,
+    "visionzip": _visionzip,
+    "prumerge": _prumerge,
 }
 """Op -> rule; rules take the op's own arguments."""

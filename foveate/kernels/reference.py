@@ -79,28 +79,97 @@ def grid_scores(coords: Tensor) -> Tensor:
     return scores
 
 
-def diverse_scores(x: Tensor, order: Tensor, coords: Tensor, keep: float) -> Tensor:
+def diverse_scores(x: Tensor, keep: float) -> Tensor:
     """`foveate::diverse_scores` from all distances, one pick after another."""
-    scores = torch.zeros(order.shape)
-    for row in range(len(order)):
-        for image in set(coords[row, order[row] != PAD, 0].tolist()):
-            places = [j for j in range(order.shape[1]) if order[row, j] != PAD and coords[row, j, 0] == image]
-            unit = torch.nn.functional.normalize(x[row, places].float(), dim=-1)
-            far = torch.minimum(1 - unit @ unit.T, (1 - unit @ unit.T).T)
-            picked: list[int] = []
-            for number in range(math.ceil(keep * len(places))):
-                others = picked or list(range(len(places)))
-                near = [min([far[j, i].item() for i in others if i != j] or [math.inf]) for j in range(len(places))]
-                best = max((j for j in range(len(places)) if j not in picked), key=lambda j: (near[j], -j))
-                picked.append(best)
-                scores[row, places[best]] = 1 - number / len(places)
+    scores = torch.zeros(x.shape[:2])
+    for row, tokens in enumerate(x):
+        unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
+        far = torch.minimum(1 - unit @ unit.T, (1 - unit @ unit.T).T)
+        picked: list[int] = []
+        for number in range(math.ceil(keep * len(tokens))):
+            others = picked or list(range(len(tokens)))
+            near = [min([far[j, i].item() for i in others if i != j] or [math.inf]) for j in range(len(tokens))]
+            best = max((j for j in range(len(tokens)) if j not in picked), key=lambda j: (near[j], -j))
+            picked.append(best)
+            scores[row, best] = 1 - number / len(tokens)
     return scores
 
 
-def removed_before(order: Tensor, whole: Tensor, kept: Tensor) -> Tensor:
-    """`foveate::removed_before` by comparing all with all."""
-    before = [(tokens[:, None, :] < order[:, :, None]).sum(2) for tokens in (whole, kept)]
-    return before[0] - before[1]
+def distinct_scores(row: Tensor, x: Tensor, keep: float, important: float) -> Tensor:
+    """`foveate::distinct_scores` with lists."""
+    scores = torch.zeros(row.shape)
+    for image, attention in enumerate(row.tolist()):
+        unit = torch.nn.functional.normalize(x[image].float(), dim=-1)
+        total = math.floor(keep * len(attention))
+        first = math.floor(important * total)
+        ranked = sorted(range(len(attention)), key=lambda j: (-attention[j], j))
+        rest = ranked[first:]
+        while len(rest) > total - first > 0:
+            even, odd = rest[::2], rest[1::2]
+            alike = [max(float(unit[i] @ unit[j]) for j in odd) for i in even]
+            by_likeness = sorted(range(len(even)), key=lambda place: (-alike[place], place))
+            going = min(8, len(rest) - (total - first), len(even))
+            rest = [even[place] for place in by_likeness[going:]] + odd
+        scores[image, ranked[:first] + (rest if total > first else [])] = 1
+    return scores
+
+
+def visionzip(row: Tensor, metric: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
+    """`foveate::visionzip`, each token apart."""
+    weights = torch.zeros(len(row), dominant + contextual, row.shape[1])
+    source = torch.zeros(len(row), dominant + contextual, dtype=torch.int64)
+    for image, attention in enumerate(row.tolist()):
+        unit = torch.nn.functional.normalize(metric[image].float(), dim=-1)
+        ranked = sorted(range(len(attention)), key=lambda j: (-attention[j], j))
+        best, rest = sorted(ranked[:dominant]), sorted(ranked[dominant:])
+        targets = rest[:: max(1, len(rest) // max(1, contextual))][:contextual]
+        joined: dict[int, list[int]] = {target: [] for target in targets}
+        for token in (t for t in rest if t not in joined and targets):
+            joined[max(targets, key=lambda t: (float(unit[token] @ unit[t]), -t))].append(token)
+        for number, token in enumerate(best + targets):
+            weights[image, number, token], source[image, number] = 1, token
+            for other in joined.get(token, []) if number >= dominant else []:
+                weights[image, number, other] = 1 / len(joined[token])
+    return weights, source
+
+
+def prumerge(
+    row: Tensor, metric: Tensor, keep: float | None, plus: bool, neighbors: int
+) -> list[tuple[Tensor, list[int]]]:
+    """`foveate::prumerge`: for each image weights [its tokens, n] and the places that they stand for."""
+    found = []
+    for image, attention in enumerate(row.tolist()):
+        count = len(attention)
+        unit = torch.nn.functional.normalize(metric[image].float(), dim=-1)
+        ranked = sorted(range(count), key=lambda j: (-attention[j], j))
+        if keep is None:
+            ordered = sorted(attention)
+            low, high = (_percentile(ordered, share) for share in (0.25, 0.75))
+            top = sum(a > high + 1.5 * (high - low) for a in attention)
+            spread = list(range(0, count - 1, max(1, count // top // 3))) if plus and top else []
+        else:
+            wanted = math.floor(keep * count) - 1
+            top = math.ceil(wanted / 2) if plus else wanted
+            rest = sorted(ranked[top:])
+            spread = [rest[(2 * i + 1) * len(rest) // (2 * (wanted - top))] for i in range(wanted - top)]
+        kept = ranked[:top] + [j for j in spread if j not in ranked[:top]]
+        weights = torch.zeros(len(kept) + 1, count)
+        for number, token in enumerate(kept):
+            others = [j for j in range(count) if j != token]
+            near = sorted(others, key=lambda j: (-float(unit[token] @ unit[j]), j))[:neighbors]
+            weights[number, near] = row[image, near]
+            weights[number, token] = 1
+        gone = [j for j in ranked if j not in kept]
+        weights[-1, gone] = row[image, gone]
+        found.append((weights, kept + gone[:1]) if gone else (weights[:-1], kept))
+    return found
+
+
+def _percentile(ordered: list[float], share: float) -> float:
+    """Of rising values, between two of them linearly."""
+    place = share * (len(ordered) - 1)
+    low = ordered[math.floor(place)]
+    return low + (ordered[math.ceil(place)] - low) * (place - math.floor(place))
 
 
 def attention_statistics(

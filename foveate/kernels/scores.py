@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.ops import PAD
+from foveate.ops import ROUND
 
 BITS = 12
 """Of a row or column number; two of them fit the 24 bits that fp32 holds exactly."""
@@ -39,27 +39,38 @@ def grid_scores(coords: Tensor) -> Tensor:
     return -place.float()
 
 
-def diverse_scores(x: Tensor, order: Tensor, coords: Tensor, keep: float) -> Tensor:
-    """`foveate::diverse_scores`: images of the same number of tokens are picked from side by side."""
-    scores = torch.zeros(order.shape, dtype=torch.float32, device=order.device)
-    for places in images_by_size(order, coords):
-        rows, index = places[:, 0, None], places[:, 1:]
-        count = index.shape[1]
-        picks = _farthest_first(normalize(x[rows, index].float(), dim=-1), math.ceil(keep * count))
-        values = 1 - torch.arange(picks.shape[1], device=x.device) / count
-        scores[rows, index.gather(1, picks)] = values
-    return scores
+def places(x: Tensor) -> Tensor:
+    """`foveate::places`."""
+    return torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
 
 
-def images_by_size(order: Tensor, coords: Tensor) -> list[Tensor]:
-    """For each number of tokens that an image has: int64 [images, 1 + tokens], batch row and columns of its tokens."""
-    found: dict[int, list[list[int]]] = {}
-    image = torch.where(order == PAD, -1, coords[..., 0]).tolist()
-    for row, numbers in enumerate(image):
-        for number in dict.fromkeys(n for n in numbers if n >= 0):
-            columns = [column for column, n in enumerate(numbers) if n == number]
-            found.setdefault(len(columns), []).append([row, *columns])
-    return [torch.tensor(places, device=order.device) for places in found.values()]
+def diverse_scores(x: Tensor, keep: float) -> Tensor:
+    """`foveate::diverse_scores`: rows are picked from side by side."""
+    count = x.shape[1]
+    scores = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
+    if not count:
+        return scores
+    picks = _farthest_first(normalize(x.float(), dim=-1), math.ceil(keep * count))
+    values = 1 - torch.arange(picks.shape[1], device=x.device) / count
+    return scores.scatter(1, picks, values.expand_as(picks))
+
+
+def distinct_scores(row: Tensor, x: Tensor, keep: float, important: float) -> Tensor:
+    """`foveate::distinct_scores`: rows are thinned out side by side."""
+    total = math.floor(keep * row.shape[1])
+    first = math.floor(important * total)
+    ranked = row.argsort(dim=1, descending=True, stable=True)
+    chosen, rest = ranked[:, :first], ranked[:, first:]
+    unit = normalize(x.float(), dim=-1)
+    while total > first and rest.shape[1] > total - first:
+        even, odd = rest[:, ::2], rest[:, 1::2]
+        going = min(ROUND, rest.shape[1] - (total - first), even.shape[1])
+        a, b = (unit.gather(1, part[..., None].expand(-1, -1, unit.shape[2])) for part in (even, odd))
+        alike = (a @ b.transpose(1, 2)).amax(2).argsort(dim=1, descending=True, stable=True)
+        rest = torch.cat([even.gather(1, alike[:, going:]), odd], 1)
+    if total > first:
+        chosen = torch.cat([chosen, rest], 1)
+    return torch.zeros_like(row).scatter(1, chosen, 1.0)
 
 
 def _farthest_first(x: Tensor, count: int) -> Tensor:

@@ -34,6 +34,8 @@ def take_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """`foveate::take_tokens`: rows move as whole blocks, which `gather` with an expanded index does not do."""
     if x.shape[0] == 1 and index.shape[0] == 1:
         return x.index_select(dim, index[0])
+    if not len(index):
+        return x.new_empty(0, *x.shape[1:dim], index.shape[1], *x.shape[dim + 1 :])
     return torch.stack([x[row if x.shape[0] > 1 else 0].index_select(dim - 1, i) for row, i in enumerate(index)])
 
 
@@ -42,8 +44,3 @@ def residual(x: Tensor, y: Tensor, rest: Tensor) -> Tensor:
     out = x + y
     out[:, out.shape[1] - rest.shape[1] :] += rest
     return out
-
-
-def removed_before(order: Tensor, whole: Tensor, kept: Tensor) -> Tensor:
-    """`foveate::removed_before`: both orders ascend, so a binary search counts what stands before a token."""
-    return torch.searchsorted(whole.contiguous(), order) - torch.searchsorted(kept.contiguous(), order)

@@ -6,20 +6,38 @@ from foveate.passes.drop_visual_heads import DropVisualHeads
 from foveate.passes.drop_visual_neurons import DropVisualNeurons
 from foveate.passes.neighbor_attention import NeighborAttention
 from foveate.passes.pipeline import PASSES, parse_pipeline, pipeline_text
-from foveate.passes.select import DivPrune, FastV, GridPrune, PyramidDrop, RandomPrune
+from foveate.passes.select import (
+    AveragePool,
+    DivPrune,
+    FasterVLM,
+    FastV,
+    GridPrune,
+    PruMerge,
+    PyramidDrop,
+    RandomPrune,
+    Resize,
+    VisionZip,
+    VisPruner,
+)
 
 __all__ = [
     "PASSES",
+    "AveragePool",
     "CutVisual",
     "DivPrune",
     "DropVisualHeads",
     "DropVisualNeurons",
     "FastV",
+    "FasterVLM",
     "GridPrune",
     "NeighborAttention",
     "Pass",
+    "PruMerge",
     "PyramidDrop",
     "RandomPrune",
+    "Resize",
+    "VisPruner",
+    "VisionZip",
     "parse_pipeline",
     "pipeline_text",
 ]

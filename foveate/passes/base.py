@@ -28,22 +28,24 @@ class Pass(ABC):
     """Base of all passes.
 
     A subclass names itself (`name`), says where it comes from (`source`), checks its options in `__post_init__` with
-    `require`, and edits the prefill graph in `rewrite`; the decode graph is derived afterwards.
+    `require`, and edits a graph in `rewrite`, mostly that of the prefill; the decode graph is derived afterwards.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    graph: ClassVar[str] = "prefill"
+    """The graph that the pass edits."""
 
     @abstractmethod
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
-        """Edit `edit.graph`, a split prefill graph, and yield notes for the reader.
+        """Edit `edit.graph`, the vision graph or the split prefill graph, and yield notes for the reader.
 
         Raises PassError where the pass does not fit the program, Skipped where there is nothing to change.
         """
 
     def apply(self, program: Program, calibration: Statistics | None = None) -> PassRecord:
         """Run the pass on a program, in place, and say what it did; calibration: of the model, for passes that ask."""
-        edit = Rewriter(program, program.prefill, by=self.name, statistics=calibration)
+        edit = Rewriter(program, program.graphs[self.graph], by=self.name, statistics=calibration)
         try:
             notes = tuple(self.rewrite(edit))
         except Skipped as reason:

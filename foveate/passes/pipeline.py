@@ -24,20 +24,38 @@ from foveate.passes.cut_visual import CutVisual
 from foveate.passes.drop_visual_heads import DropVisualHeads
 from foveate.passes.drop_visual_neurons import DropVisualNeurons
 from foveate.passes.neighbor_attention import NeighborAttention
-from foveate.passes.select import DivPrune, FastV, GridPrune, PyramidDrop, RandomPrune
+from foveate.passes.select import (
+    AveragePool,
+    DivPrune,
+    FasterVLM,
+    FastV,
+    GridPrune,
+    PruMerge,
+    PyramidDrop,
+    RandomPrune,
+    Resize,
+    VisionZip,
+    VisPruner,
+)
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
+        AveragePool,
         CutVisual,
         DivPrune,
         DropVisualHeads,
         DropVisualNeurons,
         FastV,
+        FasterVLM,
         GridPrune,
         NeighborAttention,
+        PruMerge,
         PyramidDrop,
         RandomPrune,
+        Resize,
+        VisPruner,
+        VisionZip,
     )
 }
 """Every pass by name."""

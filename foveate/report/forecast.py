@@ -164,10 +164,9 @@ def forecast_report(
         forecast_row(name, program, convention, modules if name else (), {**sizes, "device": machine})
         for name, program in {"": dense, **recipes}.items()
     ]
-    first, bits = rows[0].forecast.first, rows[0].forecast.precision
-    counted = {key: first.names[key] for key in ("visual_tokens", "text_tokens", "batch")}
+    bits = rows[0].forecast.precision
     formats = {"dtype": bits.dtype, "weight_bits": bits.weight_bits, "kv_bits": bits.kv_bits}
-    return ForecastReport({**setting, **counted, **formats}, rows[0], rows[1:])
+    return ForecastReport({**setting, **rows[0].forecast.counted, **formats}, rows[0], rows[1:])
 
 
 def _ratio(before: float, after: float) -> float | None:

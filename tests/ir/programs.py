@@ -37,6 +37,11 @@ PIPELINES = (
     "fastv{layer=1,keep=0.5},fastv{layer=2,keep=0.5}",
     "neighbor-attention{radius=1},fastv{layer=1,keep=0.5}",
     "divprune{keep=0.7},pyramiddrop{layers=[1,2],keep=0.6}",
+    "vispruner{keep=0.6},fastervlm{keep=0.8},grid-prune{layer=1,keep=0.5}",
+    "visionzip{dominant=5,contextual=3},neighbor-attention{radius=1}",
+    "prumerge{keep=0.5,plus=true}",
+    "resize{grid=3}",
+    "average-pool",
     "drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons{keep=0.5},fastv{layer=1,keep=0.5},"
     "cut-visual{from_layer=2}",
 )

@@ -70,6 +70,9 @@ COUNTED = {
         "varlen_attention",
         "attention_row",
         "diverse_scores",
+        "distinct_scores",
+        "visionzip",
+        "prumerge",
     )
 }
 
@@ -113,7 +116,8 @@ def check_flops(pipeline: str, visual: int, text: int, batch: int, images: int, 
         past_tokens=past,
         prefix_tokens=prefix,
     )
-    sizes = {"batch": batch, "images": batch * images, "visual_tokens": visual, "text_tokens": text}
+    left = visual * program.tokens_left // program.info.tokens_per_image
+    sizes = {"batch": batch, "images": batch * images, "visual_tokens": left, "text_tokens": text}
     sizes["prefix"] = prefix if images <= 1 else -1
     assert spent.vision.flops == counted(program, program.graphs["vision"], sizes)
     assert spent.prefill.flops == counted(program, join(program, program.prefill), sizes)
@@ -243,7 +247,8 @@ def test_pruning_costs_less_than_dense() -> None:
         cost = figures(cost_of(pruned(pipeline), images=2))
         assert cost["prefill.flops"] < dense["prefill.flops"], pipeline
         assert cost["kv_bytes"] <= dense["kv_bytes"], pipeline
-        assert cost["vision.flops"] == dense["vision.flops"], pipeline
+        if not pruned(pipeline).shortens:
+            assert cost["vision.flops"] == dense["vision.flops"], pipeline
 
 
 def test_bytes_count_the_weights_that_are_read_at_least() -> None:

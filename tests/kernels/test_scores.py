@@ -51,55 +51,59 @@ def test_a_quarter_is_every_second_row_and_column_and_half_a_checkerboard() -> N
         assert found == {(y, x) for y in range(24) for x in range(24) if kept(y, x)}
 
 
-SIZES = st.tuples(st.integers(1, 4), st.integers(1, 5))
+FEATURES = st.tuples(st.integers(1, 3), st.integers(1, 30), st.just(6))
+
+
+def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    rows=st.lists(st.lists(SIZES, max_size=3), min_size=1, max_size=3).filter(any),
-    keep=st.floats(0.01, 1),
-    seed=st.integers(0, 99),
-)
-def test_diverse_scores_are_the_reference(rows: list[list[tuple[int, int]]], keep: float, seed: int) -> None:
-    order, coords = coords_of(rows)
-    x = torch.randn(*order.shape, 6, generator=torch.Generator().manual_seed(seed))
-    found = scores.diverse_scores(x, order, coords, keep)
-    torch.testing.assert_close(found, reference.diverse_scores(x, order, coords, keep))
+@given(shape=FEATURES, keep=st.floats(0.01, 1), seed=st.integers(0, 99))
+def test_diverse_scores_are_the_reference(shape: tuple[int, int, int], keep: float, seed: int) -> None:
+    x = drawn(shape, seed)
+    torch.testing.assert_close(scores.diverse_scores(x, keep), reference.diverse_scores(x, keep))
+
+
+def test_diverse_scores_of_more_tokens_than_a_block() -> None:
+    x = drawn((2, 2 * scores.BLOCK + 3, 5), 1)
+    torch.testing.assert_close(scores.diverse_scores(x, 0.01), reference.diverse_scores(x, 0.01))
 
 
 def test_diverse_scores_pick_one_of_each_kind_first() -> None:
-    order, coords = coords_of([[(4, 4)]])
     kinds = torch.eye(4)[torch.arange(16) // 4][None]
-    found = scores.diverse_scores(kinds, order, coords, 0.25)
+    found = scores.diverse_scores(kinds, 0.25)
     assert (found > 0).nonzero()[:, 1].tolist() == [0, 4, 8, 12]
-    torch.library.opcheck(ops.diverse_scores, (kinds, order, coords, 0.25), test_utils=CHECKS)
-    assert scores.diverse_scores(kinds[:, :0], order[:, :0], coords[:, :0], 0.5).shape == (1, 0)
+    torch.library.opcheck(ops.diverse_scores, (kinds, 0.25), test_utils=CHECKS)
+    assert scores.diverse_scores(kinds[:, :0], 0.5).shape == (1, 0)
 
 
-def test_equal_images_get_equal_shares() -> None:
-    order, coords = coords_of([[(4, 4), (4, 4)]])
-    x = torch.randn(1, 32, 8)
-    index, _ = tokens.top_tokens(scores.diverse_scores(x, order, coords, 0.3), order, 0.3)
-    assert [int((index < 16).sum()), int((index >= 16).sum())] == [5, 4], "floor(0.3 * 32) = 9"
+def test_two_tokens_nearest_to_each_other_tie() -> None:
+    """Rounding must not decide between them: the first wins."""
+    for seed in range(50):
+        x = drawn((1, 2, 6), seed)
+        assert scores.diverse_scores(x, 0.5).tolist() == [[1.0, 0.0]]
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any),
-    keep=st.floats(0, 1),
-    seed=st.integers(0, 99),
-)
-def test_removed_before_is_the_reference(lengths: list[int], keep: float, seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    whole = torch.full((len(lengths), max(lengths)), PAD)
-    for row, length in enumerate(lengths):
-        whole[row, :length] = torch.randperm(40, generator=draw)[:length].sort().values
-    _, kept = tokens.top_tokens(torch.rand(whole.shape, generator=draw), whole, keep)
-    asked = torch.randint(50, (len(lengths), 7), generator=draw)
-    found = tokens.removed_before(asked, whole, kept)
-    assert torch.equal(found, reference.removed_before(asked, whole, kept))
-    assert int(found.min()) >= 0
-    torch.library.opcheck(ops.removed_before, (asked, whole, kept), test_utils=CHECKS)
+@given(shape=FEATURES, keep=st.floats(0, 1), important=st.floats(0, 1), seed=st.integers(0, 99))
+def test_distinct_scores_are_the_reference(
+    shape: tuple[int, int, int], keep: float, important: float, seed: int
+) -> None:
+    row, x = drawn(shape[:2], seed).softmax(1), drawn(shape, seed + 1)
+    found = scores.distinct_scores(row, x, keep, important)
+    assert torch.equal(found, reference.distinct_scores(row, x, keep, important))
+    assert found.sum(1).tolist() == [math.floor(keep * shape[1])] * shape[0]
+
+
+def test_fakes() -> None:
+    torch.library.opcheck(ops.distinct_scores, (drawn((2, 9), 0), drawn((2, 9, 4), 1), 0.5, 0.5), test_utils=CHECKS)
+
+
+def test_places() -> None:
+    x = torch.zeros(2, 3, 5)
+    assert torch.ops.foveate.places(x).tolist() == [[0, 1, 2]] * 2
+    torch.library.opcheck(ops.places, (x,), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.49, 0.5, 1.0])

@@ -60,7 +60,8 @@ class Neighbors:
 
     grid: rows and columns of an image's tokens, which stand row by row. `metric`: of the distance on the grid,
     "raster" for that in the sequence. `causal`: no later key either. `see_prefix`: earlier text is seen.
-    `layers`: where (None: in all).
+    `layers`: where (None: in all). `coords`, int64 [B, S, 3]: image, row and column of each visual token, where they
+    are not those of whole images.
     """
 
     grid: tuple[int, int]
@@ -69,6 +70,7 @@ class Neighbors:
     causal: bool = False
     see_prefix: bool = True
     layers: tuple[int, ...] | None = None
+    coords: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,8 @@ def _near(near: Neighbors, visual: Tensor) -> Tensor:
     number = visual.long().cumsum(dim=1) - 1
     places = torch.arange(visual.shape[1], device=visual.device).expand_as(visual)
     image, row, column = number // (height * width), number // width % height, number % width
+    if near.coords is not None:
+        image, row, column = near.coords.to(visual.device).unbind(2)
 
     def apart(x: Tensor) -> Tensor:
         return (x[:, :, None] - x[:, None, :]).abs()
@@ -419,12 +423,15 @@ def _appended(inputs: Mapping[str, Tensor], masks: Masks, token: Tensor) -> tupl
 
 
 def _with_given_masks(masks: Masks, change: Callable[[Tensor], Tensor]) -> Masks:
-    """`masks` with `change` applied to what is aligned to the sequence: the given bool masks."""
+    """`masks` with `change` applied to what is aligned to the sequence: the given bool masks, and coordinates."""
     prunes = tuple(
         replace(p, given=change(p.given)) if p.given is not None and p.given.dtype == torch.bool else p
         for p in masks.prunes
     )
-    return replace(masks, prunes=prunes)
+    near = masks.neighbors
+    if near is not None and near.coords is not None:
+        near = replace(near, coords=torch.stack([change(part) for part in near.coords.unbind(2)], 2))
+    return replace(masks, prunes=prunes, neighbors=near)
 
 
 def _check(model: PreTrainedModel, masks: Masks, tokens: _Tokens) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from foveate.models.random import random_inputs
 from foveate.ops import PAD
 from foveate.passes import Pass, parse_pipeline, pipeline_text
 from tests.oracle.masked import Masks, masked_forward, masked_greedy
+from tests.oracle.vision import Tokens, shorten, showing
 
 TOLERANCE = 1e-4
 
@@ -45,10 +47,18 @@ def optimize(model: Any, passes: Any, calibration: Any = None) -> OptimizedModel
     return foveate.optimize(model, passes, calibration, traced=_TRACED[id(model)][1])
 
 
+Vision = Callable[[Any, torch.Tensor], list[Tokens]]
+"""What a model and pixels become by the passes that work in the vision tower: each image's projected tokens."""
+
+
 def check_pass(
-    model: Any, passes: Sequence[Pass], masks: Masks, prompts: Sequence[dict[str, Any]] = PROMPTS
+    model: Any,
+    passes: Sequence[Pass],
+    masks: Masks,
+    prompts: Sequence[dict[str, Any]] = PROMPTS,
+    vision: Vision | None = None,
 ) -> OptimizedModel:
-    """Optimize and hold the result against the HF model run with explicit masks.
+    """Optimize and hold the result against the HF model run with explicit masks, on the tokens that `vision` gives.
 
     Checks that the pipeline prints and parses, the program verifies and survives its text form, logits equal the
     oracle's within 1e-4, the kept tokens are the oracle's, decoding equals rerunning the longer prompt with choices
@@ -67,7 +77,7 @@ def check_pass(
         if name != "decode":
             assert structure(parse_graphs(program, program.to_text(name))[name]) == structure(graph)
     for number, prompt in enumerate(prompts):
-        _check_prompt(model, optimized, masks, random_inputs(model, seed=number, **prompt), prompt)
+        _check_prompt(model, optimized, masks, random_inputs(model, seed=number, **prompt), prompt, vision)
     assert torch.equal(before, _dense(model)), "the model that was passed in has changed"
     return optimized
 
@@ -79,31 +89,68 @@ def _dense(model: Any) -> torch.Tensor:
     return logits
 
 
-def _check_prompt(model: Any, optimized: OptimizedModel, masks: Masks, inputs: Any, prompt: Any) -> None:
-    with torch.inference_mode():
+def _check_prompt(
+    model: Any, optimized: OptimizedModel, masks: Masks, inputs: Any, prompt: Any, vision: Vision | None
+) -> None:
+    with torch.inference_mode(), ExitStack() as stack:
         out = optimized(**inputs)
-        masks = _with_given(masks, out, inputs)
-        expected = masked_forward(model, inputs, masks)
-    assert out.logits.shape == (len(inputs["input_ids"]), 1, expected.logits.shape[-1])
-    error = (out.logits[:, 0] - expected.logits).abs().max().item()
-    assert error < TOLERANCE, f"{prompt}: logits differ from the oracle by {error:.1e}"
-    for choice, prune in zip(expected.kept, masks.prunes, strict=True):
-        assert torch.equal(_kept_mask(out.kept[prune.layer], inputs["input_ids"]), choice), prompt
-    if prompt.get("padding") != "right":
-        length = inputs["input_ids"].shape[1]
-        tokens = optimized.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, length:]
-        assert torch.equal(tokens, masked_greedy(model, inputs, masks, 4)), f"{prompt}: decoding is not prefill"
+        given, places = inputs, None
+        if vision is not None and "pixel_values" in inputs:
+            tokens = vision(model, inputs["pixel_values"])
+            stack.enter_context(showing(model, tokens))
+            given, places = (short := shorten(model, inputs, tokens)).inputs, short.places
+            masks = _with_coords(model, masks, inputs, places)
+        masks = _with_given(masks, out, inputs, places)
+        expected = masked_forward(model, given, masks)
+        assert out.logits.shape == (len(inputs["input_ids"]), 1, expected.logits.shape[-1])
+        error = (out.logits[:, 0] - expected.logits).abs().max().item()
+        assert error < TOLERANCE, f"{prompt}: logits differ from the oracle by {error:.1e}"
+        for choice, prune in zip(expected.kept, masks.prunes, strict=True):
+            assert torch.equal(_chosen(out.kept[prune.layer], inputs, places), choice & _placed(choice, places)), prompt
+        if prompt.get("padding") != "right":
+            length = inputs["input_ids"].shape[1]
+            tokens = optimized.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, length:]
+            assert torch.equal(tokens, masked_greedy(model, given, masks, 4)), f"{prompt}: decoding is not prefill"
 
 
-def _with_given(masks: Masks, out: Any, inputs: Any) -> Masks:
+def _with_given(masks: Masks, out: Any, inputs: Any, places: Any) -> Masks:
     """Random choices are taken from the program; everything else about them is still the oracle's to say."""
     prunes = []
     for prune in masks.prunes:
         given = prune.given
         if prune.choose == "given" and given is None:
-            given = _kept_mask(out.kept[prune.layer], inputs["input_ids"])
+            given = _chosen(out.kept[prune.layer], inputs, places)
         prunes.append(replace(prune, given=given))
     return replace(masks, prunes=tuple(prunes))
+
+
+def _with_coords(model: Any, masks: Masks, inputs: Any, places: list[list[int | None]]) -> Masks:
+    """Where the visual tokens of a shortened prompt stand in their images; CLS is far from everything."""
+    if masks.neighbors is None:
+        return masks
+    height, width = masks.neighbors.grid
+    found = torch.full((len(places), len(places[0]), 3), -1000)
+    for row, ids in enumerate(inputs["input_ids"]):
+        numbers = {place: n for n, place in enumerate((ids == model.config.image_token_id).nonzero()[:, 0].tolist())}
+        for column, place in enumerate(places[row]):
+            found[row, column, 0] = -1000 - column
+            if place in numbers:
+                image, within = divmod(numbers[place], height * width)
+                found[row, column] = torch.tensor([image, within // width, within % width])
+    return replace(masks, neighbors=replace(masks.neighbors, coords=found))
+
+
+def _chosen(order: torch.Tensor, inputs: Any, places: list[list[int | None]] | None) -> torch.Tensor:
+    """Places in the prompt, or in the shortened prompt, as a mask."""
+    whole = _kept_mask(order, inputs["input_ids"])
+    if places is None:
+        return whole
+    return torch.tensor([[p is not None and bool(mask[p]) for p in row] for mask, row in zip(whole, places)])
+
+
+def _placed(choice: torch.Tensor, places: list[list[int | None]] | None) -> torch.Tensor:
+    """The tokens that have a place in the prompt: all but CLS."""
+    return torch.ones_like(choice) if places is None else torch.tensor([[p is not None for p in r] for r in places])
 
 
 def _kept_mask(order: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,16 @@ import torch
 
 from foveate.errors import PassError
 from foveate.models.random import random_inputs, random_llava
-from foveate.ops import PAD
 from foveate.passes import (
     CutVisual,
-    DivPrune,
     DropVisualHeads,
     DropVisualNeurons,
-    FastV,
     GridPrune,
     NeighborAttention,
     PyramidDrop,
 )
-from tests.oracle.masked import Masks, Prune, masked_forward
-from tests.passes.check import _kept_mask, check_pass, optimize
+from tests.oracle.masked import Masks, Prune
+from tests.passes.check import check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
 
 FEW = ({}, {"batch": 3, "images_per_row": [2, 0, 1], "padding": "left"}, {"batch": 2, "images": 3, "text_tokens": 17})
@@ -37,54 +33,6 @@ def given(layer: int, keep: float) -> Prune:
 @pytest.mark.parametrize("layer", [0, 2])
 def test_grid_prune(gqa: Any, layer: int) -> None:
     check_pass(gqa, [GridPrune(layer, 0.4)], Masks(prunes=(given(layer, 0.4),)), FEW)
-
-
-def test_divprune_with_positions_kept(gqa: Any) -> None:
-    check_pass(gqa, [DivPrune(0.4, positions="keep")], Masks(prunes=(given(0, 0.4),)), FEW)
-
-
-def embeddings(model: Any, inputs: Any) -> torch.Tensor:
-    found: torch.Tensor = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0]
-    return found
-
-
-def test_divprune_picks_by_its_formula(mha: Any) -> None:
-    inputs = random_inputs(mha, seed=4)
-    with torch.inference_mode():
-        unit = torch.nn.functional.normalize(embeddings(mha, inputs), dim=-1)
-        kept = optimize(mha, [DivPrune(0.3)])(**inputs).kept[0][0]
-    far = 1 - unit @ unit.T
-    count = len(unit)
-    picked = [max(range(count), key=lambda j: min(far[j, i] for i in range(count) if i != j))]
-    while len(picked) < math.floor(0.3 * count):
-        picked.append(max((j for j in range(count) if j not in picked), key=lambda j: far[j, picked].min()))
-    places = (inputs["input_ids"][0] == mha.config.image_token_id).nonzero()[:, 0]
-    assert kept.tolist() == places[sorted(picked)].tolist()
-
-
-@pytest.mark.parametrize(
-    "prompt", FEW + ({"batch": 3, "padding": "right"}, {"batch": 2, "images": 0}, {"batch": 2, "prefix": 0})
-)
-def test_numbering_anew_closes_the_gaps(gqa: Any, prompt: dict[str, Any]) -> None:
-    """The oracle is told the positions; decoding goes on behind the shorter prompt."""
-    optimized = optimize(gqa, [DivPrune(0.4), FastV(2, 0.5)])
-    inputs = random_inputs(gqa, seed=3, **prompt)
-    ids, attended = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    with torch.inference_mode():
-        out = optimized(**inputs)
-        chosen = [_kept_mask(out.kept[layer], ids) for layer in (0, 2)]
-        for _ in range(3):
-            kept, again = (torch.nn.functional.pad(x, (0, ids.shape[1] - x.shape[1])) for x in chosen)
-            alive = attended.bool() & ((ids != gqa.config.image_token_id) | kept)
-            positions = (alive.cumsum(1) - 1).clamp(min=0)
-            masks = Masks(prunes=(Prune(0, 0.4, "given", kept), Prune(2, 0.5, "given", again)))
-            longer = {**inputs, "input_ids": ids, "attention_mask": attended, "position_ids": positions}
-            expected = masked_forward(gqa, longer, masks).logits
-            assert (out.logits[:, -1] - expected).abs().max() < 1e-4
-            token = expected.argmax(-1, keepdim=True)
-            ids = torch.cat([ids, token], 1)
-            attended = torch.cat([attended, torch.ones_like(token)], 1)
-            out = optimized(input_ids=token, past_key_values=out.past_key_values)
 
 
 def stages(layers: tuple[int, ...], keep: float) -> Masks:
@@ -119,7 +67,6 @@ def test_selections_with_everything_else(gqa: Any) -> None:
     for selection, prune in (
         (PyramidDrop((1, 2), 0.6), (Prune(1, 0.6, "pyramid", of=1), Prune(2, 0.36, "pyramid", of=1))),
         (GridPrune(2, 0.5), (given(2, 0.5),)),
-        (DivPrune(0.5, positions="keep"), (given(0, 0.5),)),
     ):
         masks = Masks(cut_from=3, heads=mask, neurons=neurons, prunes=prune)
         passes = [DropVisualHeads(mask=mask), selection, DropVisualNeurons(0.5), CutVisual(3)]
@@ -128,7 +75,7 @@ def test_selections_with_everything_else(gqa: Any) -> None:
         check_pass(gqa, passes, masks, FEW[:1])
 
 
-@pytest.mark.parametrize("selection", [PyramidDrop((1, 2), 0.6), GridPrune(1, 0.5), DivPrune(0.5)])
+@pytest.mark.parametrize("selection", [PyramidDrop((1, 2), 0.6), GridPrune(1, 0.5)])
 def test_neighbours_are_those_on_the_grid_whatever_is_left(mha: Any, selection: Any) -> None:
     inputs = random_inputs(mha, batch=2)
     with torch.inference_mode():
@@ -148,9 +95,7 @@ BAD = {
     "pyramiddrop{keep=0}": "above 0, at most 1",
     "pyramiddrop{layers=3}": "layer numbers that rise",
     "cut-visual{from_layer=2},pyramiddrop": "cut at layer 2",
-    "divprune{keep=1.5}": "above 0, at most 1",
-    "divprune{positions=close}": "renumber or keep",
-    "divprune,divprune": "already selected before layer 0",
+    "random-prune{layer=0},grid-prune{layer=0}": "already selected before layer 0",
     "grid-prune{layer=7}": "0 to 3",
     "grid-prune{layer=-1}": "0 or more",
 }
@@ -161,12 +106,6 @@ def test_bad_options_are_refused(mha: Any, passes: str) -> None:
     with pytest.raises(PassError) as error:
         optimize(mha, passes)
     assert BAD[passes] in str(error.value)
-
-
-def test_an_image_left_without_a_token_is_none(mha: Any) -> None:
-    with torch.inference_mode():
-        out = optimize(mha, [DivPrune(0.01)])(**random_inputs(mha))
-    assert out.kept[0].shape[1] == 0 and (out.kept[0] == PAD).all() and out.logits.isfinite().all()
 
 
 def test_the_method_that_the_docs_add_keeps_what_it_says(gqa: Any) -> None:

@@ -98,12 +98,14 @@ class Forecast:
         self,
         program: Program,
         sizes: tuple[Sizes, Sizes, Sizes],
+        counted: dict[str, int],
         precision: Precision,
         device: Device,
         joined: fx.Graph,
     ) -> None:
         self.program, self.precision, self.device, self.joined = program, precision, device, joined
         self.first, self.step, self.last = sizes
+        self.counted = counted
         self.graphs = {
             "vision": (program.graphs["vision"], self.first),
             "prefill": (joined, self.first),
@@ -127,23 +129,31 @@ class Forecast:
         weight_bits: int | None = None,
         kv_bits: int | None = None,
         joined: fx.Graph | None = None,
+        kept_tokens: int | None = None,
     ) -> Forecast:
         """Sizes as arguments.
 
-        visual_tokens: a row, all its images together (default: `images` whole images). images: a row. prefix_tokens:
-        text before the image (default: half of the text; several images have text between them). new_tokens: length
-        of the answer: the cache holds it at the end, and the decode step counted is the middle one; past_tokens:
-        text tokens in the cache at that step, where another one is wanted. device: a name, a YAML file, a `Device`.
+        visual_tokens: a row, all its images together, as the prompt has them (default: `images` whole images). images:
+        a row. kept_tokens: those that the vision graph leaves of an image, where that depends on the image (default:
+        as many as it may). prefix_tokens: text before the image (default: half of the text; several images have text
+        between them). new_tokens: length of the answer: the cache holds it at the end, and the decode step counted is
+        the middle one; past_tokens: text tokens in the cache at that step, where another one is wanted. device: a
+        name, a YAML file, a `Device`.
         dtype: number format of activations and arithmetic (default: the program's); weight_bits, kv_bits: of weight
         matrices and of the cache (default: as wide as dtype). joined: the joined prefill graph, where another
         forecast of this program has made it.
         """
         about = program.info
         visual = images * about.tokens_per_image if visual_tokens is None else visual_tokens
+        left = program.tokens_left if kept_tokens is None else kept_tokens
         prefix = text_tokens // 2 if prefix_tokens is None else prefix_tokens
         past = text_tokens + new_tokens // 2 if past_tokens is None else past_tokens
         if text_tokens < 1 or batch < 1:
             raise InputError("sizes must be: text_tokens and batch 1 or more")
+        if kept_tokens is not None and not program.depends_on_image:
+            raise InputError("kept_tokens is for passes whose number of tokens depends on the image; there is none")
+        if not 0 <= left <= program.tokens_left:
+            raise InputError(f"kept_tokens must be 0 to {program.tokens_left}, it is {kept_tokens}")
         for name, value in (("images", images), ("visual_tokens", visual), ("past_tokens", past)):
             if value < 0:
                 raise InputError(f"{name} must be 0 or more, it is {value}")
@@ -152,7 +162,7 @@ class Forecast:
         base = {
             "batch": batch,
             "images": batch * images,
-            "visual_tokens": visual,
+            "visual_tokens": visual * left // about.tokens_per_image,
             "patches": batch * visual * about.patches_per_token,
             # Text between several images leaves attention no structure to use.
             "prefix": prefix if images <= 1 else -1,
@@ -164,6 +174,7 @@ class Forecast:
                 Sizes(program, {**base, "text_tokens": 1, "past_tokens": past}),
                 Sizes(program, {**base, "text_tokens": text_tokens + new_tokens}),
             ),
+            counted={"visual_tokens": visual, "text_tokens": text_tokens, "batch": batch},
             precision=Precision.of(program, dtype, weight_bits, kv_bits),
             device=device_of(device),
             # As a backend would on such a device.

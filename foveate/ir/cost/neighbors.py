@@ -38,7 +38,7 @@ def neighbor_flops(node: fx.Node, sizes: Sizes, kind: str) -> int:
 def image_grids(sizes: Sizes, batch: int, tokens: int, text: int) -> Grids | None:
     """The images of a batch, alike in every row; None where tokens are missing, so that no grid is promised."""
     images = sizes.names["images"] // batch
-    if tokens != sizes.names["visual_tokens"] or not images or tokens % images:
+    if sizes.shortened or tokens != sizes.names["visual_tokens"] or not images or not tokens or tokens % images:
         return None
     height, width = _grid(tokens // images, sizes.grid)
     prefix = sizes.names["prefix"]

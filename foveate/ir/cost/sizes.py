@@ -21,6 +21,7 @@ class Sizes:
     def __init__(self, program: Program, values: Mapping[str, int]) -> None:
         self.names = dict(values)
         self.grid = program.info.grid
+        self.shortened = program.shortens
         self.values = {symbol: values[name] for symbol, name in program.symbols.names().items() if name in values}
         self.known: dict[Any, int] = {}
 

@@ -234,11 +234,25 @@ def _row(node: fx.Node, sizes: Sizes) -> int:
 
 def _diverse(node: fx.Node, sizes: Sizes) -> int:
     """All pairs of an image's tokens once, then each pick with all of them."""
-    batch, count, width = sizes.shape(args_of(node)[0])
-    keep = float(args_of(node)[3])
-    images, rest = divmod(count, math.prod(sizes.grid))
-    lengths = (*(images * [math.prod(sizes.grid)]), rest)
-    return 2 * batch * width * sum(n * (n + math.ceil(keep * n)) for n in lengths)
+    images, count, width = sizes.shape(args_of(node)[0])
+    return 2 * images * width * count * (count + math.ceil(float(args_of(node)[1]) * count))
+
+
+def _distinct(node: fx.Node, sizes: Sizes) -> int:
+    _, x, keep, important = args_of(node)
+    images, count, width = sizes.shape(x)
+    return int(2 * images * width * ops.distinct_pairs(count, keep, important))
+
+
+def _visionzip(node: fx.Node, sizes: Sizes) -> int:
+    _, metric, dominant, contextual = args_of(node)
+    images, count, width = sizes.shape(metric)
+    return 2 * images * width * int(contextual) * (count - dominant - contextual)
+
+
+def _prumerge(node: fx.Node, sizes: Sizes) -> int:
+    images, count, width = sizes.shape(args_of(node)[1])
+    return 2 * images * width * count * count
 
 
 FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
@@ -249,4 +263,7 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.varlen_attention: _varlen_attention,
     ops.attention_row: _row,
     ops.diverse_scores: _diverse,
+    ops.distinct_scores: _distinct,
+    ops.visionzip: _visionzip,
+    ops.prumerge: _prumerge,
 }

@@ -83,9 +83,8 @@ def _record(record: PassRecord) -> dict[str, Any]:
 
 def _sizes(forecast: Forecast, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What the cost was asked for, and what it was counted at."""
-    counted = {key: forecast.first.names[key] for key in ("visual_tokens", "text_tokens", "batch")}
     given = {key: value for key, value in asked.items() if value is not None}
-    return {**counted, "dtype": forecast.precision.dtype, **given, "device": forecast.device.name}
+    return {**forecast.counted, "dtype": forecast.precision.dtype, **given, "device": forecast.device.name}
 
 
 def _rounded(value: Any) -> Any:

@@ -1,9 +1,27 @@
-"""Selecting visual tokens inside the decoder: one method a file, each a score on the mechanism in `selector`."""
+"""Selecting visual tokens, one method a file: in the decoder on `selector`, in the vision tower on `vision`."""
 
+from foveate.passes.select.average_pool import AveragePool
 from foveate.passes.select.divprune import DivPrune
+from foveate.passes.select.fastervlm import FasterVLM
 from foveate.passes.select.fastv import FastV
 from foveate.passes.select.grid_prune import GridPrune
+from foveate.passes.select.prumerge import PruMerge
 from foveate.passes.select.pyramiddrop import PyramidDrop
 from foveate.passes.select.random_prune import RandomPrune
+from foveate.passes.select.resize import Resize
+from foveate.passes.select.visionzip import VisionZip
+from foveate.passes.select.vispruner import VisPruner
 
-__all__ = ["DivPrune", "FastV", "GridPrune", "PyramidDrop", "RandomPrune"]
+__all__ = [
+    "AveragePool",
+    "DivPrune",
+    "FastV",
+    "FasterVLM",
+    "GridPrune",
+    "PruMerge",
+    "PyramidDrop",
+    "RandomPrune",
+    "Resize",
+    "VisPruner",
+    "VisionZip",
+]

@@ -1,0 +1,146 @@
+"""Selecting and merging visual tokens in the vision graph, before the decoder sees them.
+
+    before                                   after
+    tower -> features [I, N, C]              tower -> features [I, N, C] -> compacted [I, k, C]
+    projector -> out [I, N, D]               projector -> out [I, k, D]; source [I, k]
+
+`source` is the place on the image's grid that each token stands for. With `count` [I], an image has only so many of
+the k tokens; that is settled before the decoder runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from foveate import ops
+from foveate.errors import PassError
+from foveate.ir.program import NodeInfo, args_of, info, outputs
+from foveate.ir.rewriter import Rewriter, shape
+from foveate.ir.tail import END
+
+aten = torch.ops.aten
+
+
+class Tower:
+    """The parts of a vision graph that selections look at, and what they do to it.
+
+    projected: whether tokens are selected behind the projector, not before it. New nodes belong in front of `end`.
+    Raises PassError for a family whose tower is not known, and where an image's number of tokens already depends on it.
+    """
+
+    def __init__(self, edit: Rewriter, name: str, projected: bool = False) -> None:
+        about = edit.program.info
+        if about.family != "llava":
+            raise PassError(f"{name}: visual tokens cannot be selected in the vision tower of {about.family} yet")
+        if "count" in outputs(edit.graph):
+            raise PassError(f"{name}: an image's number of tokens already depends on the image; put {name} before that")
+        self.edit = edit
+        self.name = name
+        self.attentions = [n for n in edit.graph.nodes if n.target == ops.encoder_attention]
+        self.layers = info(self.attentions[-1]).layer + 1 if self.attentions else 0
+        linears = (n for n in edit.graph.nodes if n.target == aten.linear.default and info(n).layer >= self.layers)
+        self.end = edit.graph.output_node() if projected else next(linears)
+        self.whole = "source" not in outputs(edit.graph)
+
+    @property
+    def tokens(self) -> fx.Node:
+        """What is selected from: [I, n, C], n of the image's N tokens."""
+        node: fx.Node = outputs(self.edit.graph)["out"] if self.end.op == "output" else args_of(self.end)[0]
+        return node
+
+    def about(self, role: str = "select") -> NodeInfo:
+        """Why a node that selects is there."""
+        return NodeInfo(self.layers, role, "none", self.name)
+
+    def call(self, op: object, *args: object, role: str = "select") -> fx.Node:
+        """Insert a call for this pass."""
+        return self.edit.call(op, *args, about=self.about(role))
+
+    def check_whole(self) -> None:
+        """Raise PassError where tokens were selected or merged before."""
+        if not self.whole:
+            raise PassError(f"{self.name}: the vision tower already selects visual tokens; put {self.name} before that")
+
+    @property
+    def cls(self) -> fx.Node:
+        """The CLS token's features: [I, 1, C]."""
+        whole: fx.Node = args_of(self.tokens)[0]
+        return self.call(aten.slice.Tensor, whole, 1, 0, 1)
+
+    def heads(self) -> tuple[fx.Node, fx.Node, float]:
+        """Queries and keys [I, H, 1 + N, e] of the last layer that the features come from, and the scale."""
+        if not self.attentions:
+            raise PassError(f"{self.name}: the features come from no layer of the tower, so there is no attention")
+        query, key, _, scale = args_of(self.attentions[-1])
+        return query, key, scale
+
+    def next_layer(self) -> tuple[fx.Node, fx.Node, float]:
+        """The CLS token's query [I, 1, C] and all keys [I, 1 + N, C] in the layer behind the features, and the scale.
+
+        Heads are taken together. A tower that ends with the features gives those of its last layer.
+        """
+        query = self.heads()[0]
+        while query.target != aten.linear.default:
+            query = args_of(query)[0]
+        path = str(args_of(query)[1].target).removesuffix("self_attn.q_proj.weight")
+        behind = path.replace(f"layers.{self.layers - 1}.", f"layers.{self.layers}.")
+        hidden: fx.Node = args_of(self.tokens)[0]
+        if f"{behind}self_attn.q_proj.weight" not in self.edit.program.weights.names:
+            behind, hidden = path, args_of(args_of(query)[0])[0]
+        size = int(shape(hidden)[2])
+        norm = [self.edit.weight(f"{behind}layer_norm1.{part}") for part in ("weight", "bias")]
+        eps = self.edit.program.info.config["vision_config"]["layer_norm_eps"]
+        hidden = self.call(aten.layer_norm.default, hidden, [size], *norm, eps, False)
+        cls = self.call(aten.slice.Tensor, hidden, 1, 0, 1)
+        found = []
+        for x, name in ((cls, "q_proj"), (hidden, "k_proj")):
+            linear = [self.edit.weight(f"{behind}self_attn.{name}.{part}") for part in ("weight", "bias")]
+            found.append(self.call(aten.linear.default, x, *linear))
+        return found[0], found[1], size**-0.5
+
+    def cls_row(self, query: fx.Node, key: fx.Node, scale: float) -> fx.Node:
+        """What the CLS token pays to each patch, summed over heads: fp32 [I, N]; only that one row is computed."""
+        cls = self.call(aten.slice.Tensor, query, 2, 0, 1)
+        logits = self.call(aten.mul.Scalar, self.call(aten.matmul.default, cls, self._turned(key)), scale)
+        row = self.call(aten.softmax.int, self.call(aten.to.dtype, logits, torch.float32), -1)
+        return self.call(aten.slice.Tensor, self.call(aten.sum.dim_IntList, row, [1, 2]), 1, 1, END)
+
+    def _turned(self, key: fx.Node) -> fx.Node:
+        return self.call(aten.transpose.int, key, 2, 3)
+
+    def merge(
+        self, weights: fx.Node, source: fx.Node, count: fx.Node | None = None, first: fx.Node | None = None
+    ) -> None:
+        """Weighted sums take the tokens' place: weights [I, k, n]; first: a token [I, 1, C] that goes before them."""
+        like: Tensor = self.tokens.meta["val"]
+        merged = self.call(aten.matmul.default, self.call(aten.to.dtype, weights, like.dtype), self.tokens)
+        if first is not None:
+            merged = self.call(aten.cat.default, [first, merged], 1)
+            nowhere = self.call(aten.add.Scalar, self.call(ops.places, first), -1)
+            source = self.call(aten.cat.default, [nowhere, source], 1)
+        self.become(merged, source, count)
+
+    def places(self) -> fx.Node:
+        """Which place on the grid each token of `tokens` stands for: int64 [I, n]."""
+        found = outputs(self.edit.graph).get("source")
+        return found if found is not None else self.call(ops.places, self.tokens)
+
+    def left(self, scores: fx.Node) -> fx.Node:
+        """Scores of all N patches as scores of the tokens that are left."""
+        return scores if self.whole else self.call(ops.take_tokens, scores, self.places(), 1)
+
+    def keep(self, scores: fx.Node, keep: float) -> None:
+        """The floor(keep * n) tokens with the highest scores [I, n] stay, in their old order."""
+        chosen = self.call(ops.top_tokens, scores, self.places(), keep)
+        index, source = (self.edit.item(chosen, place, self.about()) for place in (0, 1))
+        self.become(self.call(ops.take_tokens, self.tokens, index, 1), source)
+
+    def become(self, tokens: fx.Node, source: fx.Node, count: fx.Node | None = None) -> None:
+        """What follows reads `tokens` [I, k, C] instead."""
+        edit = self.edit
+        edit.replace(self.tokens, tokens, where=lambda user: user is self.end)
+        rest = {} if count is None else {"count": count}
+        edit.output({**outputs(edit.graph), "source": source, **rest})
+        edit.refresh()
+        edit.sweep()

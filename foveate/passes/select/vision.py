@@ -1,0 +1,58 @@
+"""What every selection in the vision tower shares: the tokens that go stand nowhere, and positions close over them.
+
+    before                              after
+    projector reads features [I, N]     s = score of each patch, [I, N] fp32
+                                        projector reads features [I, floor(keep * N)], best s, old order
+
+Images are selected from apart. The decoder never sees what is gone, and generation goes on behind the shorter prompt.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from foveate.ir.program import outputs
+from foveate.ir.rewriter import Rewriter
+from foveate.ir.vision import Tower
+from foveate.passes.base import Pass, Skipped
+
+
+@dataclass(frozen=True)
+class VisionSelection(Pass):
+    """floor(keep * n) of an image's n visual tokens go to the projector; keep: above 0, up to 1."""
+
+    graph: ClassVar[str] = "vision"
+    projected: ClassVar[bool] = False
+    """Whether tokens are selected behind the projector, not before it."""
+
+    keep: float = 0.25
+
+    def __post_init__(self) -> None:
+        self.require_share("keep")
+
+    @abstractmethod
+    def scores(self, tower: Tower) -> fx.Node:
+        """Insert what computes the score of each token that is left: fp32 [I, n]."""
+
+    @abstractmethod
+    def how(self) -> str:
+        """By what tokens are kept, for the report."""
+
+    def rewrite(self, edit: Rewriter) -> Iterator[str]:
+        """See the module's text."""
+        if self.keep == 1:
+            raise Skipped("keep=1 keeps every visual token")
+        tower = Tower(edit, self.name, self.projected)
+        with edit.before(tower.end):
+            tower.keep(self.scores(tower), float(self.keep))
+        yield f"in the vision tower: {kept_text(edit)} visual tokens an image go to the decoder, {self.how()}"
+
+
+def kept_text(edit: Rewriter) -> str:
+    """How many tokens of how many an image is left with."""
+    return f"{outputs(edit.graph)['out'].meta['val'].shape[1]} of {edit.program.info.tokens_per_image}"
