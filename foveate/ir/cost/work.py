@@ -247,7 +247,7 @@ def _distinct(node: fx.Node, sizes: Sizes) -> int:
 def _visionzip(node: fx.Node, sizes: Sizes) -> int:
     _, metric, dominant, contextual = args_of(node)
     images, count, width = sizes.shape(metric)
-    return 2 * images * width * int(contextual) * (count - dominant - contextual)
+    return 2 * images * width * int(contextual) * (count - int(dominant) - int(contextual))
 
 
 def _prumerge(node: fx.Node, sizes: Sizes) -> int:
