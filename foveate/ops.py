@@ -8,6 +8,7 @@ which gives causality and padding in one rule and survives any removal or reorde
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ LIBRARY.define("diverse_scores(Tensor x, float keep) -> Tensor")
 LIBRARY.define("distinct_scores(Tensor row, Tensor x, float keep, float important) -> Tensor")
 LIBRARY.define("visionzip(Tensor row, Tensor metric, int dominant, int contextual) -> (Tensor, Tensor)")
 LIBRARY.define("prumerge(Tensor row, Tensor metric, float? keep, bool plus, int neighbors) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define("raters(Tensor visual, Tensor text, Tensor visual_order, Tensor text_order) -> Tensor")
+LIBRARY.define(
+    "rater_scores(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, Tensor chosen, float scale) -> Tensor"
+)
+LIBRARY.define(
+    "recycle_tokens(Tensor scores, Tensor order, Tensor x, Tensor whole, float keep) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define("merge_tokens(Tensor x, Tensor weights) -> Tensor")
+LIBRARY.define(
+    "dart_scores(Tensor keys, Tensor x, Tensor order, Tensor text_keys, Tensor text, Tensor text_order, float keep,"
+    " int pivots) -> Tensor"
+)
 LIBRARY.define(
     "attention_statistics(Tensor[] q, Tensor[] k, Tensor[] out, Tensor[] q_order, Tensor[] k_order, Tensor coords,"
     " int distances, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -153,6 +166,36 @@ An image keeps the tokens whose row lies above the third quartile by more than 1
 (keep None: then k = n), or floor(keep * n) - 1 = k - 1, by falling row. `plus` adds a uniform sample in the order
 of the image: every s-th place but the last, s = n // kept // 3; with a `keep`, half of it. To each the `neighbors` most
 alike tokens are added, times their row; behind the kept ones stands the sum of all that go, times their row, if any."""
+
+raters = torch.ops.foveate.raters.default
+"""Which text tokens judge visual ones (SparseVLM, arXiv 2410.04417, section 3.2): fp32 [B, m], 1 or 0.
+
+visual [B, n, D] and text [B, m, D] embeddings with their orders. Of the text behind the last image, those tokens whose
+mean over visual tokens of softmax over that text of visual times text is above the average."""
+
+rater_scores = torch.ops.foveate.rater_scores.default
+"""What chosen queries pay to the first key stream, mean over them and over heads: -> fp32 [B, m_0].
+
+q, k and orders as in `attention_row`; chosen fp32 [B, R], 1 or 0. Zero in a row where none is chosen."""
+
+recycle_tokens = torch.ops.foveate.recycle_tokens.default
+"""The best tokens, and some of the others as clusters (SparseVLM, arXiv 2410.04417, section 3.4).
+
+scores fp32 [B, n], order int64 [B, n], x [B, n, D]; whole: the order of all tokens that `keep` is a share of. Of a
+row's n_b tokens floor(keep * whole) stay; of the g that go, the 3 g // 10 + 1 best become C = (3 g // 10 + 1) // 10 + 1
+clusters around density peaks. -> index int64 [B, k] of those that stay and of the peaks, in their old order, their
+order, and weights fp32 [B, k, n]: a token that stays is itself, a peak the mean of its cluster."""
+
+merge_tokens = torch.ops.foveate.merge_tokens.default
+"""Weighted sums of tokens: x [B, n, D], weights [B, k, n] -> [B, k, D]."""
+
+dart_scores = torch.ops.foveate.dart_scores.default
+"""Scores of tokens that are least alike to a few pivots (DART, arXiv 2502.11494, section 3), the first pick highest.
+
+keys [B, Hk, n, e], x [B, n, D] and order of visual tokens, the same of text tokens -> fp32 [B, n]. Pivots are the
+`pivots` tokens with the largest keys by the sum of absolute values, of the image and of the text behind it. Of a row's
+n_b visual tokens floor(keep * n_b) are picked: the visual pivots, then for each pivot an equal part of the rest, those
+left with the lowest cosine to it. All others score 0."""
 
 attention_statistics = torch.ops.foveate.attention_statistics.default
 """What one layer's attention looks at, for calibration; q, k, out and orders are lists of a visual and a text stream.
@@ -288,6 +331,48 @@ def _prumerge(
     return row.new_empty(images, width, count), places, places.new_empty(images)
 
 
+@torch.library.register_fake("foveate::raters", lib=LIBRARY)
+def _raters(visual: Tensor, text: Tensor, visual_order: Tensor, text_order: Tensor) -> Tensor:
+    return text.new_empty(text_order.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("foveate::rater_scores", lib=LIBRARY)
+def _rater_scores(
+    q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], chosen: Tensor, scale: float
+) -> Tensor:
+    return q.new_empty(q.shape[0], k[0].shape[2], dtype=torch.float32)
+
+
+@torch.library.register_fake("foveate::recycle_tokens", lib=LIBRARY)
+def _recycle_tokens(
+    scores: Tensor, order: Tensor, x: Tensor, whole: Tensor, keep: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count = order.shape
+    stay = math.floor(keep * whole.shape[1])
+    width = stay + cluster_count(count - stay)
+    index = order.new_empty(batch, width)
+    return index, torch.empty_like(index), scores.new_empty(batch, width, count)
+
+
+@torch.library.register_fake("foveate::merge_tokens", lib=LIBRARY)
+def _merge_tokens(x: Tensor, weights: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weights.shape[1], x.shape[2])
+
+
+@torch.library.register_fake("foveate::dart_scores", lib=LIBRARY)
+def _dart_scores(
+    keys: Tensor,
+    x: Tensor,
+    order: Tensor,
+    text_keys: Tensor,
+    text: Tensor,
+    text_order: Tensor,
+    keep: float,
+    pivots: int,
+) -> Tensor:
+    return x.new_empty(order.shape, dtype=torch.float32)
+
+
 @torch.library.register_fake("foveate::attention_statistics", lib=LIBRARY)
 def _attention_statistics(
     q: list[Tensor],
@@ -313,6 +398,11 @@ def _activity(x: Tensor, order: Tensor) -> Tensor:
 @torch.library.register_fake("foveate::divergence", lib=LIBRARY)
 def _divergence(logits: Tensor, other: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def cluster_count(gone: Any) -> Any:
+    """Clusters that `recycle_tokens` makes of so many tokens that go (also a symbolic number)."""
+    return (gone * 3 // 10 + 1) // 10 + 1
 
 
 ROUND = 8

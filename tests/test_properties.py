@@ -19,7 +19,7 @@ from foveate.passes import (
     PyramidDrop,
     RandomPrune,
 )
-from tests.oracle.masked import Masks, Neighbors, Prune
+from tests.oracle.masks import Masks, Neighbors, Prune
 from tests.passes.check import check_pass
 from tests.passes.test_vision import METHODS
 

@@ -60,6 +60,8 @@ def test_passes_and_their_options():
         "average-pool": {"factor": 2},
         "divprune": {"keep": 0.25},
         "fastervlm": {"keep": 0.25},
+        "dart": {"layer": 2, "keep": 0.5, "pivots": 4},
+        "sparsevlm": {"layers": (2, 6, 15), "budget": 192, "keeps": None, "recycle": True},
         "prumerge": {"keep": None, "plus": False, "neighbors": 32},
         "resize": {"grid": 12},
         "vispruner": {"keep": 0.25, "important": 0.5},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from foveate import ops
-from foveate.ir.program import NodeInfo, args_of, info, outputs
+from foveate.ir.program import NodeInfo, Stream, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, shape
 from foveate.ir.tokens import Axes, token_axes
 
@@ -53,21 +53,23 @@ def coords_at(edit: Rewriter, order: fx.Node) -> fx.Node:
         return edit.call(ops.take_tokens, before, index, 1, about=about)
 
 
-def live_into(graph: fx.Graph, layer: int) -> dict[fx.Node, list[fx.Node]]:
-    """Visual values made before `layer` -> their users in it or later (the graph's output is no user)."""
+def live_into(graph: fx.Graph, layer: int, stream: Stream = "visual") -> dict[fx.Node, list[fx.Node]]:
+    """A stream's values made before `layer` -> their users in it or later (the graph's output is no user)."""
     live: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if info(node).stream == "visual" and info(node).layer < layer and isinstance(node.meta["val"], Tensor):
+        if info(node).stream == stream and info(node).layer < layer and isinstance(node.meta["val"], Tensor):
             users = [u for u in node.users if u.op == "call_function" and info(u).layer >= layer]
             if users:
                 live[node] = users
     return live
 
 
-def hidden_into(edit: Rewriter, layer: int) -> fx.Node:
-    """The hidden states of the visual tokens that enter `layer`: [B, n, D]."""
-    size = edit.program.info.hidden_size
-    values = [n for n in live_into(edit.graph, layer) if len(shape(n)) == 3 and shape(n)[2] == size]
+def hidden_into(edit: Rewriter, layer: int, stream: Stream = "visual") -> fx.Node:
+    """The hidden states of the tokens of a stream that enter `layer`: [B, n, D]."""
+    size, graph = edit.program.info.hidden_size, edit.graph
+    text = (n for n in graph.nodes if n.name == "text_order")
+    order = visual_order_at(graph, layer) if stream == "visual" else next(text)
+    values = [n for n in live_into(graph, layer, stream) if shape(n)[1:] == (shape(order)[1], size)]
     return values[-1]
 
 
@@ -106,27 +108,33 @@ def keep_tokens(
     keep: float,
     live: dict[fx.Node, list[fx.Node]],
     whole: fx.Node | None = None,
+    merged: fx.Node | None = None,
 ) -> None:
     """From `layer` on, only the floor(keep * n) visual tokens with the highest scores exist.
 
     scores: [B, n] fp32, computed from what enters the layer. live: visual values -> their users from then on, such as
     `live_into(graph, layer)` finds them; taken before the scores were added. whole: the order of the tokens that
-    `keep` is a share of, if they are not those that are left. The places of the kept tokens become the output
-    `kept[layer]`.
+    `keep` is a share of, if they are not those that are left. merged: hidden states of which some of those that go are
+    added to as clusters. The places of the kept tokens become the output `kept[layer]`.
     """
     graph = edit.graph
     axes: Axes = token_axes(graph, token_inputs(graph))
     about = NodeInfo(layer, "select", "visual", edit.by)
     order = visual_order_at(graph, layer)
     with edit.after(scores):
-        counted = () if whole is None or whole is order else (whole,)
-        chosen = edit.call(ops.top_tokens, scores, order, keep, *counted, about=about)
+        if merged is None:
+            counted = () if whole is None or whole is order else (whole,)
+            chosen = edit.call(ops.top_tokens, scores, order, keep, *counted, about=about)
+        else:
+            chosen = edit.call(ops.recycle_tokens, scores, order, merged, whole or order, keep, about=about)
         index, kept = edit.item(chosen, 0, about), edit.item(chosen, 1, about)
         for node, users in live.items():
+            origin = about.with_(role=info(node).role, origin=(node.name,))
             if node is order:
                 new = kept
+            elif node is merged:
+                new = edit.call(ops.merge_tokens, node, edit.item(chosen, 2, about), about=origin)
             else:
-                origin = about.with_(role=info(node).role, origin=(node.name,))
                 new = edit.call(ops.take_tokens, node, index, axes[node], about=origin)
             edit.replace(node, new, where=users.__contains__)
     result = dict(outputs(graph))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, linear, merging, scores, statistics, tokens
+from foveate.kernels import attention, counting, guided, linear, merging, scores, statistics, tokens
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import differentiable
 from foveate.kernels.neighbor import dispatch
@@ -33,6 +33,11 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "distinct_scores": scores.distinct_scores,
     "visionzip": merging.visionzip,
     "prumerge": merging.prumerge,
+    "raters": guided.raters,
+    "rater_scores": guided.rater_scores,
+    "recycle_tokens": guided.recycle_tokens,
+    "merge_tokens": guided.merge_tokens,
+    "dart_scores": guided.dart_scores,
     "attention_statistics": statistics.attention_statistics,
     "activity": statistics.activity,
     "divergence": statistics.divergence,
@@ -44,7 +49,15 @@ for _name, _implementation in IMPLEMENTATIONS.items():
 # In terms of other ops, so that compilers see into it and gradients need no rule.
 LIBRARY.impl("residual", tokens.residual, "CompositeImplicitAutograd")
 
-for _name in ("attention", "linear", "encoder_attention", "varlen_attention", "attention_row", "take_tokens"):
+for _name in (
+    "attention",
+    "linear",
+    "encoder_attention",
+    "varlen_attention",
+    "attention_row",
+    "take_tokens",
+    "merge_tokens",
+):
     differentiable(_name, IMPLEMENTATIONS[_name])
 
 differentiable("neighbor_attention", dispatch.neighbor_attention, dispatch.triton_gradients)

@@ -79,6 +79,23 @@ def _prumerge(row: Any, metric: Tensor, *rest: Any, **also: Any) -> int:
     return 2 * images * width * n * n
 
 
+def _raters(visual: Tensor, text: Tensor, *rest: Any, **also: Any) -> int:
+    return 2 * visual.numel() * text.shape[1]
+
+
+def _rater_scores(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
+    batch, heads, rows, size = q.shape
+    return 2 * batch * rows * (heads * size * sum(x.shape[2] for x in k) + k[0].shape[2])
+
+
+def _merge(x: Tensor, weights: Tensor, *rest: Any, **also: Any) -> int:
+    return 2 * x.numel() * weights.shape[1]
+
+
+def _dart(keys: Any, x: Tensor, *rest: Any, **also: Any) -> int:
+    return 2 * x.numel() * 2 * int(rest[-1])
+
+
 def linear(x: Tensor, weight: Tensor, *rest: Any, **also: Any) -> int:
     """Of a linear, oneDNN's too, which `torch.utils.flop_counter` does not know."""
     return 2 * x.numel() * weight.shape[0]
@@ -95,5 +112,9 @@ FLOPS: dict[str, Callable[..., int]] = {
     "distinct_scores": _distinct,
     "visionzip": _visionzip,
     "prumerge": _prumerge,
+    "raters": _raters,
+    "rater_scores": _rater_scores,
+    "merge_tokens": _merge,
+    "dart_scores": _dart,
 }
 """Op -> rule; rules take the op's own arguments."""

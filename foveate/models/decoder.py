@@ -17,6 +17,7 @@ PATHS = {
     "embed": "model.language_model.embed_tokens.weight",
     "head": "lm_head.weight",
     "layers": "model.language_model.layers",
+    "norm": "model.language_model.norm.weight",
 }
 
 ROLES = {

@@ -7,6 +7,7 @@ from foveate.passes.drop_visual_neurons import DropVisualNeurons
 from foveate.passes.neighbor_attention import NeighborAttention
 from foveate.passes.pipeline import PASSES, parse_pipeline, pipeline_text
 from foveate.passes.select import (
+    DART,
     AveragePool,
     DivPrune,
     FasterVLM,
@@ -16,11 +17,13 @@ from foveate.passes.select import (
     PyramidDrop,
     RandomPrune,
     Resize,
+    SparseVLM,
     VisionZip,
     VisPruner,
 )
 
 __all__ = [
+    "DART",
     "PASSES",
     "AveragePool",
     "CutVisual",
@@ -36,6 +39,7 @@ __all__ = [
     "PyramidDrop",
     "RandomPrune",
     "Resize",
+    "SparseVLM",
     "VisPruner",
     "VisionZip",
     "parse_pipeline",

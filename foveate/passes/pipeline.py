@@ -25,6 +25,7 @@ from foveate.passes.drop_visual_heads import DropVisualHeads
 from foveate.passes.drop_visual_neurons import DropVisualNeurons
 from foveate.passes.neighbor_attention import NeighborAttention
 from foveate.passes.select import (
+    DART,
     AveragePool,
     DivPrune,
     FasterVLM,
@@ -34,6 +35,7 @@ from foveate.passes.select import (
     PyramidDrop,
     RandomPrune,
     Resize,
+    SparseVLM,
     VisionZip,
     VisPruner,
 )
@@ -43,6 +45,7 @@ PASSES: dict[str, type[Pass]] = {
     for cls in (
         AveragePool,
         CutVisual,
+        DART,
         DivPrune,
         DropVisualHeads,
         DropVisualNeurons,
@@ -54,6 +57,7 @@ PASSES: dict[str, type[Pass]] = {
         PyramidDrop,
         RandomPrune,
         Resize,
+        SparseVLM,
         VisPruner,
         VisionZip,
     )

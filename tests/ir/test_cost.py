@@ -73,6 +73,9 @@ COUNTED = {
         "distinct_scores",
         "visionzip",
         "prumerge",
+        "raters",
+        "rater_scores",
+        "merge_tokens",
     )
 }
 

@@ -21,7 +21,8 @@ from foveate.ir.text import parse_graphs
 from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs
 from tests.ir.programs import FFN, HEADS, LAYERS, copied, model, once, traced
-from tests.oracle.masked import Masks, masked_forward
+from tests.oracle.masked import masked_forward
+from tests.oracle.masks import Masks
 
 PROMPTS: tuple[dict[str, Any], ...] = (
     {},

@@ -25,84 +25,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from tests.oracle.masks import Before, Masks, Neighbors, Prune, check, last_place
+
 _IMPLEMENTATION = "masked_oracle"
-
-
-@dataclass(frozen=True)
-class Prune:
-    """Before `layer`, keep floor(keep * n) of the n visual tokens of a row that are still alive.
-
-    `choose="fastv"` keeps those on which the last text token's attention in `layer - 1` is largest: the
-    mean over all query heads of the row that was softmaxed over every visible key. `choose="given"`
-    keeps the best by `given`, which holds either scores [B, most visual tokens of a row], in the order
-    of the tokens, or a bool mask [B, S] that is True on the tokens to keep (`keep` is then not read,
-    and what it says of text is ignored). `choose="pyramid"` goes by the same row as "fastv", but of `layer` itself, in
-    which all of them are still visible, and `keep` is a share of the tokens that reach the layer `of`. Ties go to the
-    token that comes first.
-    """
-
-    layer: int
-    keep: float
-    choose: Literal["fastv", "pyramid", "given"]
-    given: Tensor | None = None
-    of: int = 0
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """Visual queries see visual keys of their own image within `radius`, and no others.
-
-    grid: rows and columns of an image's tokens, which stand row by row. `metric`: of the distance on the grid,
-    "raster" for that in the sequence. `causal`: no later key either. `see_prefix`: earlier text is seen.
-    `layers`: where (None: in all). `coords`, int64 [B, S, 3]: image, row and column of each visual token, where they
-    are not those of whole images.
-    """
-
-    grid: tuple[int, int]
-    radius: int
-    metric: Literal["chebyshev", "euclidean", "raster"] = "chebyshev"
-    causal: bool = False
-    see_prefix: bool = True
-    layers: tuple[int, ...] | None = None
-    coords: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Masks:
-    """What to hide from the model; the default hides nothing.
-
-    - `cut_from`: text queries in layers >= `cut_from` see text keys only.
-    - `heads`: bool [L, H], True = kept. In a dropped head text queries see text keys only, and the
-      head's output is zero on visual rows. Without `renorm` the softmax of text queries is over every key, and what
-      they then pay to visual keys is set to zero.
-    - `neurons`: bool [L, intermediate], True = kept for visual rows.
-    - `prunes`: visual tokens removed as keys, for every query, from a layer on.
-    - `neighbors`: visual queries look at their surroundings only.
-
-    Tokens keep their positions.
-    """
-
-    cut_from: int | None = None
-    heads: Tensor | None = None
-    neurons: Tensor | None = None
-    prunes: tuple[Prune, ...] = ()
-    neighbors: Neighbors | None = None
-    renorm: bool = True
 
 
 @dataclass(frozen=True)
 class MaskedOutput:
     """`logits` [B, V] float32, for the token after each row's last attended one; `kept`, for each prune
-    of the masks in their order, bool [B, S]: the visual tokens that are left (False on text)."""
+    of the masks in their order, bool [B, S]: the visual tokens that are left (False on text); `mixes`: its weights."""
 
     logits: Tensor
     kept: tuple[Tensor, ...]
+    mixes: tuple[Tensor | None, ...]
 
 
 _NOTHING_HIDDEN = Masks()
@@ -119,7 +60,7 @@ def masked_forward(
     """
     logits, run = _run(model, inputs, masks)
     rows = torch.arange(len(logits), device=logits.device)
-    return MaskedOutput(logits[rows, _last(run.tokens.attended)].float(), tuple(run.kept))
+    return MaskedOutput(logits[rows, last_place(run.tokens.attended)].float(), tuple(run.kept), tuple(run.mixes))
 
 
 def masked_loss(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: Tensor, masks: Masks) -> Tensor:
@@ -135,7 +76,7 @@ def masked_loss(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: Te
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor], masks: Masks) -> tuple[Tensor, _Run]:
     tokens = _Tokens.of(model, inputs)
-    _check(model, masks, tokens)
+    check(_decoder(model).config, masks, tokens.attended, tokens.visual)
     run = _Run(masks, tokens)
     arguments = {"attention_mask": tokens.attended.long(), **inputs}
     if "position_ids" not in inputs:
@@ -164,9 +105,10 @@ def masked_greedy(
         raise NotImplementedError("position_ids are not extended; leave them out")
     inputs, masks = _left_padded(inputs, masks)
     if hold_choices and masks.prunes:
-        kept = masked_forward(model, inputs, masks).kept
-        held = zip(masks.prunes, kept, strict=True)
-        masks = replace(masks, prunes=tuple(replace(p, choose="given", given=k) for p, k in held))
+        first = masked_forward(model, inputs, masks)
+        held = zip(masks.prunes, first.kept, first.mixes, strict=True)
+        prunes = tuple(replace(p, choose="given", given=k, by=None, mix=m) for p, k, m in held)
+        masks = replace(masks, prunes=prunes)
     produced: list[Tensor] = []
     for _ in range(new_tokens):
         token = masked_forward(model, inputs, masks).logits.argmax(-1)
@@ -200,27 +142,49 @@ class _Run:
         self.text = tokens.attended & ~tokens.visual
         self.alive = tokens.visual  # [B, S]: the visual tokens that are not pruned yet
         self.kept = [tokens.visual] * len(masks.prunes)
+        self.mixes = [prune.mix for prune in masks.prunes]
         self.reaching: dict[int, Tensor] = {}  # `alive` as each layer found it
         self.scores: Tensor | None = None  # [B, S]: the last text token's row in the layer before
+        self.before: tuple[Tensor, Tensor] | None = None  # weights and keys of the layer before
+        self.embeddings: Tensor | None = None  # what entered the first layer
         self.layers_seen = 0
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of one layer: [B, H, S, E] each (keys and values already repeated) to [B, S, H, E]."""
-        self.reaching[layer] = self.alive
+        self.reaching.setdefault(layer, self.alive)
         logits = (query @ key.transpose(2, 3)) * scaling
         for index, prune in enumerate(self.masks.prunes):
-            if prune.layer == layer:
+            if prune.layer == layer and prune.choose != "by":
                 if prune.choose == "pyramid":
                     self.scores = self._last_row(self._softmax(layer, logits))
                 self.alive = self.kept[index] = self._chosen(prune)
         weights = self._softmax(layer, logits)
         self.scores = self._last_row(weights)
+        self.before = (weights, key)
         self.layers_seen += 1
         output = (weights.to(value.dtype) @ value).transpose(1, 2)
         if self.masks.heads is None:
             return output
         dropped = ~self.masks.heads[layer].to(output.device)
         return output.masked_fill(self.tokens.visual[:, :, None, None] & dropped[None, None, :, None], 0)
+
+    def enter(self, layer: int, hidden: Tensor) -> Tensor:
+        """What enters a layer [B, S, D], after the choices that look at it."""
+        if layer == 0:
+            self.embeddings = hidden
+        self.reaching[layer] = self.alive
+        for index, prune in enumerate(self.masks.prunes):
+            mix = prune.mix
+            if prune.layer == layer and prune.by is not None:
+                assert self.before is not None and self.embeddings is not None
+                weights, keys = self.before
+                visual, reaching = self.tokens.visual, self.reaching
+                seen = Before(hidden, self.embeddings, weights, keys, self.alive, visual, self.text, reaching)
+                self.alive, mix = prune.by(seen)
+                self.kept[index], self.mixes[index] = self.alive, mix
+            if prune.layer == layer and mix is not None:
+                hidden = mix.to(hidden) @ hidden
+        return hidden
 
     def activations(self, layer: int, activations: Tensor) -> Tensor:
         """gate * up [B, S, intermediate] with the neurons that visual rows do without set to zero."""
@@ -263,7 +227,7 @@ class _Run:
     def _last_row(self, weights: Tensor) -> Tensor:
         """What the last text token pays to each key: [B, S], the mean over heads."""
         rows = torch.arange(len(weights), device=weights.device)
-        return weights[rows, :, _last(self.text)].mean(dim=1)
+        return weights[rows, :, last_place(self.text)].mean(dim=1)
 
     def _chosen(self, prune: Prune) -> Tensor:
         """The visual tokens that survive `prune`: bool [B, S]."""
@@ -345,6 +309,10 @@ def _installed(model: PreTrainedModel, run: _Run) -> Iterator[None]:
     token = _ACTIVE.set(run)
     with ExitStack() as stack:
         stack.callback(_ACTIVE.reset, token)
+        if any(prune.by is not None or prune.mix is not None for prune in run.masks.prunes):
+            for index, layer in enumerate(_layers(model)):
+                hook = layer.register_forward_pre_hook(_entering_hook(run, index), with_kwargs=True)
+                stack.callback(hook.remove)
         if run.masks.neurons is not None:
             for index, layer in enumerate(_layers(model)):
                 hook = layer.mlp.down_proj.register_forward_pre_hook(_ffn_hook(run, index))
@@ -352,6 +320,13 @@ def _installed(model: PreTrainedModel, run: _Run) -> Iterator[None]:
         stack.callback(setattr, config, "_attn_implementation", before)
         config._attn_implementation = _IMPLEMENTATION
         yield
+
+
+def _entering_hook(run: _Run, layer: int) -> Callable[..., Any]:
+    def hook(_module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
+        return (run.enter(layer, arguments[0]), *arguments[1:]), options
+
+    return hook
 
 
 def _ffn_hook(run: _Run, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -378,12 +353,6 @@ def _positions(model: Any, attended: Tensor) -> Tensor:
     if hasattr(model.model, "get_rope_index"):
         raise NotImplementedError("this model's positions are not one number a token: pass position_ids")
     return (attended.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _last(marked: Tensor) -> Tensor:
-    """The last True place of each row of bool [B, S]: int64 [B]; 0 where there is none."""
-    places = torch.arange(marked.shape[1], device=marked.device)
-    return torch.where(marked, places, 0).amax(dim=1)
 
 
 def _by_position(scores: Tensor, visual: Tensor) -> Tensor:
@@ -419,7 +388,17 @@ def _appended(inputs: Mapping[str, Tensor], masks: Masks, token: Tensor) -> tupl
     def extended(given: Tensor) -> Tensor:
         return torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)
 
-    return new, _with_given_masks(masks, extended)
+    masks = _with_given_masks(masks, extended)
+    return new, replace(masks, prunes=tuple(replace(p, mix=_with_one_more(p.mix)) for p in masks.prunes))
+
+
+def _with_one_more(mix: Tensor | None) -> Tensor | None:
+    """Weights [B, S, S] for one more token, which is itself."""
+    if mix is None:
+        return None
+    more = torch.nn.functional.pad(mix, (0, 1, 0, 1))
+    more[:, -1, -1] = 1
+    return more
 
 
 def _with_given_masks(masks: Masks, change: Callable[[Tensor], Tensor]) -> Masks:
@@ -432,48 +411,6 @@ def _with_given_masks(masks: Masks, change: Callable[[Tensor], Tensor]) -> Masks
     if near is not None and near.coords is not None:
         near = replace(near, coords=torch.stack([change(part) for part in near.coords.unbind(2)], 2))
     return replace(masks, prunes=prunes, neighbors=near)
-
-
-def _check(model: PreTrainedModel, masks: Masks, tokens: _Tokens) -> None:
-    config = _decoder(model).config
-    layers = int(config.num_hidden_layers)
-    if masks.cut_from is not None and not 0 <= masks.cut_from <= layers:
-        raise ValueError(f"cut_from must be in 0..{layers}, got {masks.cut_from}")
-    _check_mask("heads", masks.heads, (layers, int(config.num_attention_heads)))
-    _check_mask("neurons", masks.neurons, (layers, int(config.intermediate_size)))
-    for prune in masks.prunes:
-        _check_prune(prune, layers, tokens.visual)
-    layers_of_prunes = [prune.layer for prune in masks.prunes]
-    if layers_of_prunes != sorted(layers_of_prunes):
-        raise ValueError(f"prunes must come in the order of their layers, got {layers_of_prunes}")
-    if not bool(tokens.attended.any(dim=1).all()):
-        raise ValueError("a row without any attended token")
-    removes = bool(masks.prunes) or (masks.cut_from is not None and masks.cut_from < layers)
-    ends_visual = tokens.visual.gather(1, _last(tokens.attended)[:, None])
-    if removes and bool(ends_visual.any()):
-        raise ValueError("a row ends with a visual token, whose own logits the masks would take away")
-
-
-def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != shape):
-        raise ValueError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
-
-
-def _check_prune(prune: Prune, layers: int, visual: Tensor) -> None:
-    first = 1 if prune.choose == "fastv" else 0
-    if not first <= prune.layer < layers:
-        raise ValueError(f"{prune.choose} prunes before the layers {first}..{layers - 1}, not {prune.layer}")
-    if not 0 <= prune.keep <= 1:
-        raise ValueError(f"keep must be in [0, 1], got {prune.keep}")
-    if (prune.choose == "given") != (prune.given is not None):
-        raise ValueError("`given` goes with choose='given' and with nothing else")
-    if prune.given is None:
-        return
-    wanted = tuple(visual.shape)
-    if prune.given.dtype != torch.bool:
-        wanted = (wanted[0], int(visual.sum(dim=1).max()))
-    if tuple(prune.given.shape) != wanted:
-        raise ValueError(f"`given` must have the shape {list(wanted)}, got {list(prune.given.shape)}")
 
 
 __all__ = ["MaskedOutput", "Masks", "Neighbors", "Prune", "masked_forward", "masked_greedy"]

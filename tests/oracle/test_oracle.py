@@ -12,7 +12,8 @@ from torch.nn.functional import silu
 from transformers import LlavaForConditionalGeneration
 
 from foveate.models.random import random_inputs, random_llava
-from tests.oracle.masked import Masks, Prune, masked_forward, masked_greedy
+from tests.oracle.masked import masked_forward, masked_greedy
+from tests.oracle.masks import Masks, Prune
 
 LAYERS, HEADS, FFN, TOKENS = 3, 4, 48, 4
 

@@ -20,7 +20,8 @@ from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs
 from foveate.ops import PAD
 from foveate.passes import Pass, parse_pipeline, pipeline_text
-from tests.oracle.masked import Masks, masked_forward, masked_greedy
+from tests.oracle.masked import masked_forward, masked_greedy
+from tests.oracle.masks import Masks
 from tests.oracle.vision import Tokens, shorten, showing
 
 TOLERANCE = 1e-4

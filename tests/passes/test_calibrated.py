@@ -14,7 +14,7 @@ from foveate.errors import ArtifactError, FoveateWarning, PassError
 from foveate.ir.statistics import Statistics
 from foveate.models.random import random_inputs
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons
-from tests.oracle.masked import Masks
+from tests.oracle.masks import Masks
 from tests.passes.check import PROMPTS, check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
 

@@ -11,7 +11,7 @@ from foveate.errors import FoveateWarning, PassError
 from foveate.ir.attention import attentions
 from foveate.models.random import random_inputs, random_llava
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, NeighborAttention, RandomPrune
-from tests.oracle.masked import Masks, Neighbors, Prune
+from tests.oracle.masks import Masks, Neighbors, Prune
 from tests.passes.check import check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
 

@@ -9,7 +9,7 @@ from foveate.errors import FoveateWarning, PassError
 from foveate.models.random import random_inputs, random_llava
 from foveate.ops import PAD
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, RandomPrune
-from tests.oracle.masked import Masks, Prune
+from tests.oracle.masks import Masks, Prune
 from tests.passes.check import check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
 

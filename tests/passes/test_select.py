@@ -12,14 +12,18 @@ import torch
 from foveate.errors import PassError
 from foveate.models.random import random_inputs, random_llava
 from foveate.passes import (
+    DART,
     CutVisual,
     DropVisualHeads,
     DropVisualNeurons,
+    FastV,
     GridPrune,
     NeighborAttention,
     PyramidDrop,
+    SparseVLM,
 )
-from tests.oracle.masked import Masks, Prune
+from tests.oracle import guided
+from tests.oracle.masks import Masks, Prune
 from tests.passes.check import check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
 
@@ -49,6 +53,50 @@ def test_pyramiddrop_in_other_stages(gqa: Any, layers: tuple[int, ...], keep: fl
     check_pass(gqa, [PyramidDrop(layers, keep)], stages(layers, keep), FEW[:1])
 
 
+def by_raters(layers: tuple[int, ...], keeps: tuple[float, ...], recycle: bool = True) -> Masks:
+    prunes = (
+        Prune(layer + 1, keep, "by", by=guided.sparsevlm(keep, layers[0] + 1, recycle))
+        for layer, keep in zip(layers, keeps)
+    )
+    return Masks(prunes=tuple(prunes))
+
+
+@pytest.mark.parametrize("recycle", [True, False])
+def test_sparsevlm(model: Any, recycle: bool) -> None:
+    layers, keeps = (0, 1, 2), (0.7, 0.4, 0.15)
+    check_pass(model, [SparseVLM(layers, keeps=keeps, recycle=recycle)], by_raters(layers, keeps, recycle), FEW)
+
+
+def test_sparsevlm_behind_another_selection(gqa: Any) -> None:
+    masks = Masks(prunes=(Prune(1, 0.9, "fastv"), *by_raters((1, 2), (0.6, 0.1)).prunes))
+    check_pass(gqa, [FastV(1, 0.9), SparseVLM((1, 2), keeps=(0.6, 0.1))], masks, FEW[:2])
+    check_pass(gqa, [SparseVLM((1, 2), keeps=(0.6, 0.1)), FastV(1, 0.9)], masks, FEW[1:2])
+
+
+def test_sparsevlm_when_clusters_are_many() -> None:
+    wide = random_llava(layers=2, visual_tokens=64, seed=3)
+    check_pass(wide, [SparseVLM((0,), keeps=(0.1,))], by_raters((0,), (0.1,)), FEW[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("budget", "counts"), [(192, (300, 200, 110)), (128, (303, 110, 36)), (64, (66, 30, 17))])
+def test_the_stages_of_sparsevlm_are_its_codes(budget: int, counts: tuple[int, ...]) -> None:
+    deep = random_llava(layers=17, hidden=32, heads=2, ffn=32, visual_tokens=576, vision_layers=1, vision_hidden=16)
+    optimized = optimize(deep, [SparseVLM(budget=budget, recycle=False)])
+    with torch.inference_mode():
+        kept = optimized(**random_inputs(deep)).kept
+    assert {layer: places.shape[1] for layer, places in kept.items()} == dict(zip((3, 7, 16), counts))
+
+
+@pytest.mark.parametrize(("layer", "keep"), [(1, 0.6), (3, 0.3)])
+def test_dart(model: Any, layer: int, keep: float) -> None:
+    weight = model.model.language_model.norm.weight
+    masks = Masks(prunes=(Prune(layer, keep, "by", by=guided.dart(keep, weight)),))
+    check_pass(model, [DART(layer, keep)], masks, FEW)
+    masks = Masks(prunes=(Prune(layer, keep, "by", by=guided.dart(keep, weight, 2)),))
+    check_pass(model, [DART(layer, keep, 2)], masks, FEW[:1])
+
+
 @pytest.mark.slow
 def test_the_stages_of_pyramiddrop_are_the_papers() -> None:
     deep = random_llava(layers=32, hidden=32, heads=2, ffn=32, visual_tokens=576, vision_layers=1, vision_hidden=16)
@@ -67,6 +115,8 @@ def test_selections_with_everything_else(gqa: Any) -> None:
     for selection, prune in (
         (PyramidDrop((1, 2), 0.6), (Prune(1, 0.6, "pyramid", of=1), Prune(2, 0.36, "pyramid", of=1))),
         (GridPrune(2, 0.5), (given(2, 0.5),)),
+        (DART(1, 0.5), (given(1, 0.5),)),
+        (SparseVLM((1,), keeps=(0.5,), recycle=False), by_raters((1,), (0.5,), False).prunes),
     ):
         masks = Masks(cut_from=3, heads=mask, neurons=neurons, prunes=prune)
         passes = [DropVisualHeads(mask=mask), selection, DropVisualNeurons(0.5), CutVisual(3)]
@@ -97,6 +147,14 @@ BAD = {
     "cut-visual{from_layer=2},pyramiddrop": "cut at layer 2",
     "random-prune{layer=0},grid-prune{layer=0}": "already selected before layer 0",
     "grid-prune{layer=7}": "0 to 3",
+    "dart{layer=0}": "1 to 3",
+    "dart{pivots=0}": "1 or more",
+    "sparsevlm": "behind layer 15 there is none; allowed: 0 to 2",
+    "sparsevlm{layers=[2,1]}": "layer numbers that rise",
+    "sparsevlm{budget=100}": "192, 128, 64",
+    "sparsevlm{layers=[1],keeps=[0.5,0.2]}": "1 shares above 0",
+    "sparsevlm{layers=[0,1],keeps=[0.2,0.5]}": "do not rise",
+    "fastv{layer=2},sparsevlm{layers=[1],keeps=[0.5]}": "already selected before layer 2",
     "grid-prune{layer=-1}": "0 or more",
 }
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from foveate.models.random import random_inputs
 from foveate.models.recording import first_names
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, NeighborAttention, RandomPrune
-from tests.oracle.masked import Masks, Neighbors, Prune, masked_forward, masked_loss
+from tests.oracle.masked import masked_forward, masked_loss
+from tests.oracle.masks import Masks, Neighbors, Prune
 from tests.passes.check import TOLERANCE, _kept_mask, optimize
 from tests.passes.conftest import HEADS, LAYERS
 from tests.passes.test_passes import heads, neurons

@@ -26,7 +26,8 @@ from foveate.passes import (
     VisPruner,
 )
 from tests.oracle import vision
-from tests.oracle.masked import Masks, Neighbors, Prune, masked_forward
+from tests.oracle.masked import masked_forward
+from tests.oracle.masks import Masks, Neighbors, Prune
 from tests.passes.check import Vision, check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
 

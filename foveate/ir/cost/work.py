@@ -255,6 +255,25 @@ def _prumerge(node: fx.Node, sizes: Sizes) -> int:
     return 2 * images * width * count * count
 
 
+def _raters(node: fx.Node, sizes: Sizes) -> int:
+    visual, text = args_of(node)[:2]
+    return 2 * sizes.numel(visual) * sizes.shape(text)[1]
+
+
+def _rater_scores(node: fx.Node, sizes: Sizes) -> int:
+    batch, _, rows, _ = sizes.shape(args_of(node)[0])
+    return _row(node, sizes) + 2 * batch * rows * sizes.shape(args_of(node)[1][0])[2]
+
+
+def _merge(node: fx.Node, sizes: Sizes) -> int:
+    x, weights = args_of(node)
+    return 2 * sizes.numel(x) * sizes.shape(weights)[1]
+
+
+def _dart(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * sizes.numel(args_of(node)[1]) * 2 * int(args_of(node)[7])
+
+
 FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.linear.default: _linear,
     aten.conv2d.default: _conv,
@@ -266,4 +285,8 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.distinct_scores: _distinct,
     ops.visionzip: _visionzip,
     ops.prumerge: _prumerge,
+    ops.raters: _raters,
+    ops.rater_scores: _rater_scores,
+    ops.merge_tokens: _merge,
+    ops.dart_scores: _dart,
 }

@@ -1,6 +1,7 @@
 """Selecting visual tokens, one method a file: in the decoder on `selector`, in the vision tower on `vision`."""
 
 from foveate.passes.select.average_pool import AveragePool
+from foveate.passes.select.dart import DART
 from foveate.passes.select.divprune import DivPrune
 from foveate.passes.select.fastervlm import FasterVLM
 from foveate.passes.select.fastv import FastV
@@ -9,10 +10,12 @@ from foveate.passes.select.prumerge import PruMerge
 from foveate.passes.select.pyramiddrop import PyramidDrop
 from foveate.passes.select.random_prune import RandomPrune
 from foveate.passes.select.resize import Resize
+from foveate.passes.select.sparsevlm import SparseVLM
 from foveate.passes.select.visionzip import VisionZip
 from foveate.passes.select.vispruner import VisPruner
 
 __all__ = [
+    "DART",
     "AveragePool",
     "DivPrune",
     "FastV",
@@ -22,6 +25,7 @@ __all__ = [
     "PyramidDrop",
     "RandomPrune",
     "Resize",
+    "SparseVLM",
     "VisPruner",
     "VisionZip",
 ]

@@ -1,0 +1,105 @@
+"""Keep the visual tokens that the text's own visual words look at, stage by stage, and recycle some of the others.
+
+    once                                 raters = text tokens behind the image that are most alike to visual embeddings
+    before, behind each of `layers`      after
+    layer l + 1 reads h.visual [n]       s = rows of the raters in layer l, mean over them and over heads
+                                         layer l + 1 reads best s [floor(keep * N)], and clusters of the best that go
+
+SparseVLM (arXiv 2410.04417, section 3), with the fixed counts of its code. Positions are kept, and a cluster stands
+where its peak stood: the code numbers positions anew and puts clusters behind the tokens that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from foveate import ops
+from foveate.errors import PassError
+from foveate.ir.attention import Attention, attentions, looks_at_visual
+from foveate.ir.program import NodeInfo
+from foveate.ir.rewriter import Rewriter
+from foveate.ir.select import first_of_layer, hidden_into, keep_tokens, live_into, visual_order_at
+from foveate.passes.base import Pass, number, whole
+from foveate.passes.select.selector import check_selection
+
+BUDGETS = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
+"""Tokens on average over LLaVA-1.5's 32 layers -> tokens of 576 that stay behind each stage."""
+
+OF = 576
+
+
+@dataclass(frozen=True)
+class SparseVLM(Pass):
+    """Behind the i-th of `layers`, floor(keeps[i] * N) of the N visual tokens that reach it stay, and some clusters.
+
+    N are those that reach the first stage. layers: rising. budget: 192, 128 or 64, the counts of the paper's code in
+    576; keeps: shares that fall, instead.
+    recycle: whether there are clusters.
+    """
+
+    name: ClassVar[str] = "sparsevlm"
+    source: ClassVar[str] = "SparseVLM, arXiv 2410.04417"
+
+    layers: tuple[int, ...] = (2, 6, 15)
+    budget: int = 192
+    keeps: tuple[float, ...] | None = None
+    recycle: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "keeps"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))  # what a pipeline's text gives
+        rising = isinstance(self.layers, tuple) and all(whole(x) and x >= 0 for x in self.layers)
+        rising = rising and bool(self.layers) and list(self.layers) == sorted(set(self.layers))
+        self.require(rising, "layers", "layer numbers that rise, such as [2, 6, 15]")
+        self.require(self.budget in BUDGETS, "budget", ", ".join(map(str, BUDGETS)))
+        keeps = self.shares()
+        falling = isinstance(keeps, tuple) and all(number(x) and 0 < x <= 1 for x in keeps)
+        falling = falling and list(keeps) == sorted(keeps, reverse=True) and len(keeps) == len(self.layers)
+        self.require(falling, "keeps", f"{len(self.layers)} shares above 0 that do not rise, one a layer")
+        self.require(isinstance(self.recycle, bool), "recycle", "true or false")
+
+    def shares(self) -> tuple[float, ...]:
+        """The share of all visual tokens that stays behind each stage."""
+        # A hair more than the count, so that rounding down gives it.
+        return tuple((n + 1e-6) / OF for n in BUDGETS[self.budget]) if self.keeps is None else self.keeps
+
+    def rewrite(self, edit: Rewriter) -> Iterator[str]:
+        """See the module's text."""
+        count = edit.program.info.layers
+        if self.layers[-1] + 1 >= count:
+            raise PassError(f"{self.name}: behind layer {self.layers[-1]} there is none; allowed: 0 to {count - 2}")
+        inputs = {n.name: n for n in edit.graph.nodes if n.op == "placeholder"}
+        reach = visual_order_at(edit.graph, self.layers[0] + 1)
+        about = NodeInfo(0, "select", "text", self.name)
+        streams = [hidden_into(edit, 0), inputs["text"], visual_order_at(edit.graph, 0), inputs["text_order"]]
+        with edit.before(first_of_layer(edit.graph, 0)):
+            raters = edit.call(ops.raters, *streams, about=about)
+        for layer, keep in zip(self.layers, self.shares(), strict=True):
+            check_selection(self.name, edit, layer + 1, 0)
+            self._stage(edit, layer, float(keep), raters, reach)
+            yield f"behind layer {layer}: floor({keep:.4g} x visual tokens) kept by the attention of text tokens"
+
+    def _stage(self, edit: Rewriter, layer: int, keep: float, raters: fx.Node, reach: fx.Node) -> None:
+        graph = edit.graph
+        rows = [n for n in attentions(graph, layer, "text") if looks_at_visual(n)]
+        if not rows:
+            raise PassError(f"{self.name}: no head of layer {layer} looks at visual tokens, so there is no score")
+        seen = Attention.of(rows[0])
+        live, hidden = live_into(graph, layer + 1), hidden_into(edit, layer + 1)
+        with edit.before(first_of_layer(graph, layer + 1)):
+            scores = edit.call(
+                ops.rater_scores,
+                seen.q[0],
+                seen.k,
+                seen.q_order[0],
+                seen.k_order,
+                raters,
+                seen.scale,
+                about=NodeInfo(layer + 1, "select", "visual", self.name),
+            )
+        keep_tokens(edit, layer + 1, scores, keep, live, reach, hidden if self.recycle else None)
