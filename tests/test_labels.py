@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from foveate.errors import InputError
 from foveate.labels import NO_LABEL, asked_of, next_labels
 from foveate.ops import PAD
-from foveate.streams import arrange
-from tests.test_streams import IMAGE, INFO, TOKENS, padded, prompts
+from tests.test_streams import IMAGE, INFO, TOKENS, arrange, padded, prompts
 
 
 @settings(deadline=None, max_examples=150)

@@ -40,12 +40,17 @@ Row = list[int]
 
 
 def arrange(
-    info: ModelInfo, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, images: int
+    info: ModelInfo,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    images: int,
+    asked: Tensor | None = None,
 ) -> Streams:
     """Prompts whose images are whole."""
     shown = Images(torch.zeros(images, TOKENS, 1)) if images else None
     mask, positions = taken_apart.shorten(info, input_ids, attention_mask, position_ids, shown)
-    return taken_apart.arrange(info, input_ids, mask, positions, shown)
+    return taken_apart.arrange(info, input_ids, mask, positions, shown, asked)
 
 
 def image_or_text(draw: st.DrawFn) -> Row:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from foveate import ops
+from foveate.errors import PassError
 from foveate.ir.program import NodeInfo, Stream, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, shape
 from foveate.ir.tokens import Axes, token_axes
@@ -118,6 +119,10 @@ def keep_tokens(
     added to as clusters. The places of the kept tokens become the output `kept[layer]`.
     """
     graph = edit.graph
+    if keep * edit.program.symbols.HINTS["visual_tokens"] < 2:
+        raise PassError(
+            f"{edit.by}: a share of {keep:g} leaves no visual token; cut-visual{{from_layer={layer}}} says so"
+        )
     axes: Axes = token_axes(graph, token_inputs(graph))
     about = NodeInfo(layer, "select", "visual", edit.by)
     order = visual_order_at(graph, layer)

@@ -18,12 +18,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 class Symbols:
     """One fake-tensor world for a whole program: named symbolic sizes, and fakes that use them."""
 
-    # Unequal hints, none of them 0 or 1, so that no guard can mistake one size for another or for a constant.
+    # Unequal hints, none of them 0 or 1, so that no guard can mistake one size for another or for a constant. Small
+    # shares of the visual tokens are more than 1 too.
     HINTS: ClassVar[dict[str, int]] = {
         "batch": 3,
         "images": 5,
         "patches": 1332,
-        "visual_tokens": 1031,
+        "visual_tokens": 10_000_019,
         "text_tokens": 211,
         "past_tokens": 307,
         "prefix": 23,

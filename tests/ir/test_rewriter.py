@@ -49,35 +49,38 @@ def test_every_node_says_who_made_it_and_from_what(pipeline: str, graph: str) ->
 @steps
 def test_the_changed_flag_agrees_with_the_structure(before: str, step: Pass) -> None:
     program = fresh(before)
-    hashed = structure(program.prefill)
-    edit = Rewriter(program, program.prefill, by=step.name)
+    graph = program.graphs[step.graph]
+    hashed = structure(graph)
+    edit = Rewriter(program, graph, by=step.name)
     list(step.rewrite(edit))
     assert edit.changed
-    assert structure(program.prefill) != hashed
+    assert structure(graph) != hashed
 
 
 @steps
 def test_a_pass_that_was_refused_or_skipped_changed_nothing(before: str, step: Pass) -> None:
     """Applying a pass a second time may fail, be skipped or go further, but it must not lie."""
     program = fresh(before)
+    graph = program.graphs[step.graph]
     step.apply(program)
-    hashed = structure(program.prefill)
-    edit = Rewriter(program, program.prefill, by=step.name)
+    hashed = structure(graph)
+    edit = Rewriter(program, graph, by=step.name)
     try:
         list(step.rewrite(edit))
     except Exception:
         assert not edit.changed
-        assert structure(program.prefill) == hashed
+        assert structure(graph) == hashed
     else:
-        assert edit.changed == (structure(program.prefill) != hashed)
+        assert edit.changed == (structure(graph) != hashed)
 
 
 @steps
 def test_what_a_pass_made_names_the_pass(before: str, step: Pass) -> None:
     program = fresh(before)
-    old = {n.name for n in program.prefill.nodes}
+    graph = program.graphs[step.graph]
+    old = {n.name for n in graph.nodes}
     step.apply(program)
-    made = [n for n in program.prefill.nodes if n.name not in old and n.op == "call_function"]
+    made = [n for n in graph.nodes if n.name not in old and n.op == "call_function"]
     assert {info(n).by for n in made} <= {step.name}
 
 

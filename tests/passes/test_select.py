@@ -139,7 +139,14 @@ def test_neighbours_are_those_on_the_grid_whatever_is_left(mha: Any, selection: 
     torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
 
 
+def test_tiny_shares(gqa: Any) -> None:
+    for keep in (0.001, 1e-5):
+        check_pass(gqa, [FastV(1, keep)], Masks(prunes=(Prune(1, keep, "fastv"),)), FEW[:1])
+    check_pass(gqa, [PyramidDrop((1, 2, 3), 0.04)], stages((1, 2, 3), 0.04), FEW[:1])
+
+
 BAD = {
+    "fastv{keep=1e-9}": "leaves no visual token; cut-visual{from_layer=2} says so",
     "pyramiddrop{layers=[2,1]}": "layer numbers that rise",
     "pyramiddrop{layers=[9]}": "layer 9 is not one of this model's 4",
     "pyramiddrop{keep=0}": "above 0, at most 1",

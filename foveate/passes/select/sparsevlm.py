@@ -73,6 +73,10 @@ class SparseVLM(Pass):
         count = edit.program.info.layers
         if self.layers[-1] + 1 >= count:
             raise PassError(f"{self.name}: behind layer {self.layers[-1]} there is none; allowed: 0 to {count - 2}")
+        for layer in self.layers:
+            check_selection(self.name, edit, layer + 1, 0)
+            if not any(looks_at_visual(n) for n in attentions(edit.graph, layer, "text")):
+                raise PassError(f"{self.name}: no head of layer {layer} looks at visual tokens, so there is no score")
         inputs = {n.name: n for n in edit.graph.nodes if n.op == "placeholder"}
         reach = visual_order_at(edit.graph, self.layers[0] + 1)
         about = NodeInfo(0, "select", "text", self.name)
@@ -80,16 +84,12 @@ class SparseVLM(Pass):
         with edit.before(first_of_layer(edit.graph, 0)):
             raters = edit.call(ops.raters, *streams, about=about)
         for layer, keep in zip(self.layers, self.shares(), strict=True):
-            check_selection(self.name, edit, layer + 1, 0)
             self._stage(edit, layer, float(keep), raters, reach)
             yield f"behind layer {layer}: floor({keep:.4g} x visual tokens) kept by the attention of text tokens"
 
     def _stage(self, edit: Rewriter, layer: int, keep: float, raters: fx.Node, reach: fx.Node) -> None:
         graph = edit.graph
-        rows = [n for n in attentions(graph, layer, "text") if looks_at_visual(n)]
-        if not rows:
-            raise PassError(f"{self.name}: no head of layer {layer} looks at visual tokens, so there is no score")
-        seen = Attention.of(rows[0])
+        seen = Attention.of(next(n for n in attentions(graph, layer, "text") if looks_at_visual(n)))
         live, hidden = live_into(graph, layer + 1), hidden_into(edit, layer + 1)
         with edit.before(first_of_layer(graph, layer + 1)):
             scores = edit.call(
