@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from foveate.kernels import attention, counting, guided, linear, merging, scores, statistics, tokens
 from foveate.kernels.autocast import follow_autocast
-from foveate.kernels.gradients import differentiable
+from foveate.kernels.gradients import constant, differentiable
 from foveate.kernels.neighbor import dispatch
 from foveate.ops import LIBRARY
 
@@ -49,7 +49,7 @@ for _name, _implementation in IMPLEMENTATIONS.items():
 # In terms of other ops, so that compilers see into it and gradients need no rule.
 LIBRARY.impl("residual", tokens.residual, "CompositeImplicitAutograd")
 
-for _name in (
+DIFFERENTIABLE = (
     "attention",
     "linear",
     "encoder_attention",
@@ -57,8 +57,14 @@ for _name in (
     "attention_row",
     "take_tokens",
     "merge_tokens",
-):
+    "prumerge",
+)
+
+for _name in DIFFERENTIABLE:
     differentiable(_name, IMPLEMENTATIONS[_name])
+
+for _name in IMPLEMENTATIONS.keys() - {*DIFFERENTIABLE, "neighbor_attention"}:
+    constant(_name)
 
 differentiable("neighbor_attention", dispatch.neighbor_attention, dispatch.triton_gradients)
 

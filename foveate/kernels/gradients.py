@@ -5,7 +5,7 @@
 
 So memory is what one op's own blocks need, while its gradients are computed. The backward is an op of its own, which
 keeps graph compilers out of it as the forward does. Integer inputs (orders, indices) have no gradient, and a second
-derivative is not offered. `top_tokens` and `random_scores` return places and constants: nothing flows through them.
+derivative is not offered. What only chooses returns places and constants: nothing flows through that.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from foveate.ops import LIBRARY
 
 
+def constant(name: str) -> None:
+    """Say that nothing flows through `foveate::name`, whatever it was computed from."""
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
 def differentiable(
-    name: str, implementation: Callable[..., Tensor], special: Callable[..., list[Tensor] | None] | None = None
+    name: str, implementation: Callable[..., Any], special: Callable[..., list[Tensor] | None] | None = None
 ) -> None:
-    """Register the gradient of `foveate::name`, which returns one tensor; implementation: plain differentiable torch.
+    """Register the gradient of `foveate::name`, of the first tensor that it returns; implementation: plain torch.
 
     Defines `foveate::name_backward`: the gradient of the result, then the op's own arguments, to the gradients of all
     floating-point ones in order. special: the same by kernels of its own; it returns None where they do not apply.
@@ -41,7 +46,8 @@ def differentiable(
         flat = [x.detach().requires_grad_() if _has_gradient(x) else x for x in flat]
         wanted = [x for x in flat if _has_gradient(x)]
         with torch.enable_grad():
-            out = implementation(*tree_unflatten(flat, spec))
+            result = implementation(*tree_unflatten(flat, spec))
+        out = result[0] if isinstance(result, tuple) else result
         # An empty result depends on nothing.
         grads = torch.autograd.grad(out, wanted, grad, allow_unused=True) if out.requires_grad else [None] * len(wanted)
         return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(wanted, grads, strict=True)]
@@ -49,13 +55,13 @@ def differentiable(
     def fake(grad: Tensor, *args: Any) -> list[Tensor]:
         return [x.new_empty(x.shape) for x in tree_flatten(args)[0] if _has_gradient(x)]
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         flat, ctx.spec = tree_flatten(inputs)
         ctx.saved = [isinstance(x, Tensor) for x in flat]
         ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
         ctx.save_for_backward(*(x for x in flat if isinstance(x, Tensor)))
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)
         flat = [next(tensors) if saved else x for saved, x in zip(ctx.saved, ctx.constants, strict=True)]
         grads = iter(backward_op(grad, *tree_unflatten(flat, ctx.spec)))
