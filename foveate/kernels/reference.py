@@ -119,7 +119,7 @@ def visionzip(row: Tensor, metric: Tensor, dominant: int, contextual: int) -> tu
     weights = torch.zeros(len(row), dominant + contextual, row.shape[1])
     source = torch.zeros(len(row), dominant + contextual, dtype=torch.int64)
     for image, attention in enumerate(row.tolist()):
-        unit = torch.nn.functional.normalize(metric[image].float(), dim=-1)
+        unit = torch.nn.functional.normalize(metric[image].detach().float(), dim=-1)
         ranked = sorted(range(len(attention)), key=lambda j: (-attention[j], j))
         best, rest = sorted(ranked[:dominant]), sorted(ranked[dominant:])
         targets = rest[:: max(1, len(rest) // max(1, contextual))][:contextual]
@@ -140,7 +140,7 @@ def prumerge(
     found = []
     for image, attention in enumerate(row.tolist()):
         count = len(attention)
-        unit = torch.nn.functional.normalize(metric[image].float(), dim=-1)
+        unit = torch.nn.functional.normalize(metric[image].detach().float(), dim=-1)
         ranked = sorted(range(count), key=lambda j: (-attention[j], j))
         if keep is None:
             ordered = sorted(attention)
