@@ -401,8 +401,8 @@ def _divergence(logits: Tensor, other: Tensor) -> Tensor:
 
 
 def cluster_count(gone: Any) -> Any:
-    """Clusters that `recycle_tokens` makes of so many tokens that go (also a symbolic number)."""
-    return (gone * 3 // 10 + 1) // 10 + 1
+    """Clusters that `recycle_tokens` makes of so many tokens that go (also a symbolic number); none of none."""
+    return torch.sym_min((gone * 3 // 10 + 1) // 10 + 1, gone)
 
 
 ROUND = 8

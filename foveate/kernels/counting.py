@@ -92,10 +92,6 @@ def _merge(x: Tensor, weights: Tensor, *rest: Any, **also: Any) -> int:
     return 2 * x.numel() * weights.shape[1]
 
 
-def _dart(keys: Any, x: Tensor, *rest: Any, **also: Any) -> int:
-    return 2 * x.numel() * 2 * int(rest[-1])
-
-
 def linear(x: Tensor, weight: Tensor, *rest: Any, **also: Any) -> int:
     """Of a linear, oneDNN's too, which `torch.utils.flop_counter` does not know."""
     return 2 * x.numel() * weight.shape[0]
@@ -115,6 +111,5 @@ FLOPS: dict[str, Callable[..., int]] = {
     "raters": _raters,
     "rater_scores": _rater_scores,
     "merge_tokens": _merge,
-    "dart_scores": _dart,
 }
 """Op -> rule; rules take the op's own arguments."""

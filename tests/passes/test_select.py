@@ -27,7 +27,12 @@ from tests.oracle.masks import Masks, Prune
 from tests.passes.check import check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
 
-FEW = ({}, {"batch": 3, "images_per_row": [2, 0, 1], "padding": "left"}, {"batch": 2, "images": 3, "text_tokens": 17})
+FEW: tuple[dict[str, Any], ...] = (
+    {},
+    {"batch": 3, "images_per_row": [2, 0, 1], "padding": "left"},
+    {"batch": 2, "images": 3, "text_tokens": 17},
+    {"batch": 2, "images": 0},
+)
 
 
 def given(layer: int, keep: float) -> Prune:

@@ -270,10 +270,6 @@ def _merge(node: fx.Node, sizes: Sizes) -> int:
     return 2 * sizes.numel(x) * sizes.shape(weights)[1]
 
 
-def _dart(node: fx.Node, sizes: Sizes) -> int:
-    return 2 * sizes.numel(args_of(node)[1]) * 2 * int(args_of(node)[7])
-
-
 FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.linear.default: _linear,
     aten.conv2d.default: _conv,
@@ -288,5 +284,4 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.raters: _raters,
     ops.rater_scores: _rater_scores,
     ops.merge_tokens: _merge,
-    ops.dart_scores: _dart,
 }
