@@ -53,9 +53,9 @@ class Tower:
         """Why a node that selects is there."""
         return NodeInfo(self.layers, role, "none", self.name)
 
-    def call(self, op: object, *args: object, role: str = "select") -> fx.Node:
+    def call(self, op: object, *args: object) -> fx.Node:
         """Insert a call for this pass."""
-        return self.edit.call(op, *args, about=self.about(role))
+        return self.edit.call(op, *args, about=self.about())
 
     def check_whole(self) -> None:
         """Raise PassError where tokens were selected or merged before."""
