@@ -67,6 +67,20 @@ class Pass(ABC):
         """Raise PassError unless an option is a share that leaves something."""
         self.require(number(value := getattr(self, option)) and 0 < value <= 1, option, "above 0, at most 1")
 
+    def require_layers(self, option: str, such: str, some: bool = False) -> None:
+        """Raise PassError unless an option holds layers that rise; some: and at least one."""
+        value = self.as_tuple(option)
+        rising = isinstance(value, tuple) and all(whole(x) and x >= 0 for x in value) and (bool(value) or not some)
+        self.require(rising and list(value) == sorted(set(value)), option, f"layer numbers that rise, such as {such}")
+
+    def as_tuple(self, option: str) -> Any:
+        """An option's value; a list, which a pipeline's text gives, becomes a tuple."""
+        value = getattr(self, option)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(self, option, value)
+        return value
+
     def statistics(self, edit: Rewriter, stats: str | None, why: str) -> Statistics:
         """The statistics in the file `stats`, or those given to the whole pipeline.
 

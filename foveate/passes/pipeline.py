@@ -19,49 +19,16 @@ from foveate.ir.decode import derive_decode
 from foveate.ir.program import Program
 from foveate.ir.rules import verify
 from foveate.ir.statistics import Statistics
+from foveate.passes import select
 from foveate.passes.base import Pass
 from foveate.passes.cut_visual import CutVisual
 from foveate.passes.drop_visual_heads import DropVisualHeads
 from foveate.passes.drop_visual_neurons import DropVisualNeurons
 from foveate.passes.neighbor_attention import NeighborAttention
-from foveate.passes.select import (
-    DART,
-    AveragePool,
-    DivPrune,
-    FasterVLM,
-    FastV,
-    GridPrune,
-    PruMerge,
-    PyramidDrop,
-    RandomPrune,
-    Resize,
-    SparseVLM,
-    VisionZip,
-    VisPruner,
-)
 
-PASSES: dict[str, type[Pass]] = {
-    cls.name: cls
-    for cls in (
-        AveragePool,
-        CutVisual,
-        DART,
-        DivPrune,
-        DropVisualHeads,
-        DropVisualNeurons,
-        FastV,
-        FasterVLM,
-        GridPrune,
-        NeighborAttention,
-        PruMerge,
-        PyramidDrop,
-        RandomPrune,
-        Resize,
-        SparseVLM,
-        VisPruner,
-        VisionZip,
-    )
-}
+ALL: list[type[Pass]] = [CutVisual, DropVisualHeads, DropVisualNeurons, NeighborAttention]
+ALL += [getattr(select, name) for name in select.__all__]
+PASSES = {cls.name: cls for cls in sorted(ALL, key=lambda cls: cls.name)}
 """Every pass by name."""
 
 Passes = str | Pass | Sequence[Pass]

@@ -22,9 +22,9 @@ from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import NodeInfo, info
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.select import keep_tokens, live_beside, made_in, visual_order_at
-from foveate.passes.base import Pass, whole
+from foveate.passes.base import Pass
 from foveate.passes.select.rows import last_row
-from foveate.passes.select.selector import check_selection
+from foveate.passes.select.selector import check_removes, check_selection
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,19 @@ class PyramidDrop(Pass):
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))  # what a pipeline's text gives
-        rising = isinstance(self.layers, tuple) and all(whole(x) and x >= 0 for x in self.layers)
-        rising = rising and list(self.layers) == sorted(set(self.layers))
-        self.require(rising, "layers", "layer numbers that rise, such as [8, 16, 24]")
+        self.require_layers("layers", "[8, 16, 24]")
         self.require_share("keep")
 
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
+        check_removes(self.keep)
         count = edit.program.info.layers
         stages = self.layers or tuple(dict.fromkeys(count * quarter // 4 for quarter in (1, 2, 3)))
         if stages[-1] >= count:
             raise PassError(f"{self.name}: layer {stages[-1]} is not one of this model's {count}: 0 to {count - 1}")
         reach = visual_order_at(edit.graph, stages[0])
         for stage, layer in enumerate(stages, 1):
-            check_selection(self.name, edit, layer, self.keep)
+            check_selection(self.name, edit, layer)
             share = float(self.keep**stage)
             self._stage(edit, layer, share, reach)
             yield f"before layer {layer}: floor({share:g} x visual tokens) kept by the last text token's attention"

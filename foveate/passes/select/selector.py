@@ -47,9 +47,10 @@ class Selection(Pass):
 
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
+        check_removes(self.keep)
         graph = edit.graph
         self.require_layer(edit.program, "layer", first=self.first)
-        check_selection(self.name, edit, self.layer, self.keep)
+        check_selection(self.name, edit, self.layer)
         live = live_into(graph, self.layer)
         with edit.before(first_of_layer(graph, self.layer)):
             scores = self.scores(edit, NodeInfo(self.layer, "select", "visual", self.name))
@@ -57,10 +58,14 @@ class Selection(Pass):
         yield f"before layer {self.layer}: floor({self.keep} x visual tokens) kept {self.how()}"
 
 
-def check_selection(name: str, edit: Rewriter, layer: int, keep: float) -> None:
-    """Raise PassError where tokens cannot be selected before `layer`, Skipped where nothing would be removed."""
+def check_removes(keep: float) -> None:
+    """Raise Skipped where a share keeps everything."""
     if keep == 1:
         raise Skipped("keep=1 keeps every visual token")
+
+
+def check_selection(name: str, edit: Rewriter, layer: int) -> None:
+    """Raise PassError where tokens cannot be selected before `layer`."""
     blind = first_blind_layer(edit.graph)
     if layer >= blind:
         raise PassError(

@@ -23,7 +23,7 @@ from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import NodeInfo
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.select import first_of_layer, hidden_into, keep_tokens, live_into, visual_order_at
-from foveate.passes.base import Pass, number, whole
+from foveate.passes.base import Pass, number
 from foveate.passes.select.selector import check_selection
 
 BUDGETS = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
@@ -50,12 +50,8 @@ class SparseVLM(Pass):
     recycle: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("layers", "keeps"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))  # what a pipeline's text gives
-        rising = isinstance(self.layers, tuple) and all(whole(x) and x >= 0 for x in self.layers)
-        rising = rising and bool(self.layers) and list(self.layers) == sorted(set(self.layers))
-        self.require(rising, "layers", "layer numbers that rise, such as [2, 6, 15]")
+        self.require_layers("layers", "[2, 6, 15]", some=True)
+        self.as_tuple("keeps")
         self.require(self.budget in BUDGETS, "budget", ", ".join(map(str, BUDGETS)))
         keeps = self.shares()
         falling = isinstance(keeps, tuple) and all(number(x) and 0 < x <= 1 for x in keeps)
@@ -74,7 +70,7 @@ class SparseVLM(Pass):
         if self.layers[-1] + 1 >= count:
             raise PassError(f"{self.name}: behind layer {self.layers[-1]} there is none; allowed: 0 to {count - 2}")
         for layer in self.layers:
-            check_selection(self.name, edit, layer + 1, 0)
+            check_selection(self.name, edit, layer + 1)
             if not any(looks_at_visual(n) for n in attentions(edit.graph, layer, "text")):
                 raise PassError(f"{self.name}: no head of layer {layer} looks at visual tokens, so there is no score")
         inputs = {n.name: n for n in edit.graph.nodes if n.op == "placeholder"}

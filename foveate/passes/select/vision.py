@@ -19,7 +19,8 @@ from torch import fx
 from foveate.ir.program import outputs
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.vision import Tower
-from foveate.passes.base import Pass, Skipped
+from foveate.passes.base import Pass
+from foveate.passes.select.selector import check_removes
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class VisionSelection(Pass):
 
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
-        if self.keep == 1:
-            raise Skipped("keep=1 keeps every visual token")
+        check_removes(self.keep)
         tower = Tower(edit, self.name, self.projected)
         with edit.before(tower.end):
             tower.keep(self.scores(tower), float(self.keep))

@@ -1,0 +1,57 @@
+"""The `foveate::` ops: schemas and what they return, without saying how they compute it.
+
+Graphs refer to these ops; `foveate.kernels` implements them. Shapes use B (batch), I (images), H and Hk (query and
+key heads), n (tokens), e (head size). An *order* tensor int64 [B, n] holds each token's place in its sequence;
+a padded token has `PAD`, the largest int64. A query sees a key when the key's order is not larger than its own,
+which gives causality and padding in one rule and survives any removal or reordering of tokens.
+"""
+
+from foveate.ops.core import (
+    attention,
+    attention_pairs,
+    encoder_attention,
+    linear,
+    neighbor_attention,
+    residual,
+    varlen_attention,
+)
+from foveate.ops.guided import cluster_count, dart_scores, merge_tokens, rater_scores, raters, recycle_tokens
+from foveate.ops.library import BLOCK, FEW_QUERIES, LIBRARY, PAD
+from foveate.ops.selection import attention_row, grid_scores, places, random_scores, take_tokens, top_tokens
+from foveate.ops.statistics import activity, attention_statistics, divergence
+from foveate.ops.vision import ROUND, distinct_pairs, distinct_scores, diverse_scores, prumerge, visionzip
+
+__all__ = [
+    "BLOCK",
+    "FEW_QUERIES",
+    "LIBRARY",
+    "PAD",
+    "ROUND",
+    "activity",
+    "attention",
+    "attention_pairs",
+    "attention_row",
+    "attention_statistics",
+    "cluster_count",
+    "dart_scores",
+    "distinct_pairs",
+    "distinct_scores",
+    "divergence",
+    "diverse_scores",
+    "encoder_attention",
+    "grid_scores",
+    "linear",
+    "merge_tokens",
+    "neighbor_attention",
+    "places",
+    "prumerge",
+    "random_scores",
+    "rater_scores",
+    "raters",
+    "recycle_tokens",
+    "residual",
+    "take_tokens",
+    "top_tokens",
+    "varlen_attention",
+    "visionzip",
+]
