@@ -36,6 +36,7 @@ QUICK = {"questions": {"lookup": 8, "row": 4}, "rounds": 2}
 DECODER = {"layers": 12, "hidden": 1024, "heads": 16, "ffn": 2816, "visual_tokens": 576}
 VISION = {"vision_layers": 12, "vision_hidden": 512, "vision_heads": 8}
 KEPT = 0.25
+BLIND = "cut-visual{from_layer=0}"
 SHARES = tuple(round(0.01 * step, 2) for step in range(2, 100))
 
 
@@ -89,6 +90,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few questions, two rounds, a small decoder; needs -o")
     parser.add_argument("--jobs", type=int, default=2, help="settings asked at once, one thread each (default: 2)")
     parser.add_argument("--only", choices=("accuracy", "time"), help="renew this half of the results alone")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the rows that the results have, measure what is missing"
+    )
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     args = parser.parse_args()
     if args.quick and args.output is None:
@@ -96,62 +100,77 @@ def main() -> None:
     folder: Path = args.output or RESULTS
     size: dict[str, Any] = QUICK if args.quick else FULL
     file = folder / "selection.json"
-    result: dict[str, Any] = json.loads(file.read_text()) if args.only else {}
+    result: dict[str, Any] = json.loads(file.read_text()) if (args.only or args.add) and file.exists() else {}
+    known = {half: {row["passes"]: row for row in result.get(half, []) if args.add} for half in ("accuracy", "time")}
     result |= {**size, "seeds": SEEDS, "environment": environment()}
+
+    def keep(**new: Any) -> None:
+        result.update(new)
+        replace(file, json.dumps(result, indent=2) + "\n")
+        replace(folder / "selection.md", markdown(result))
+
     if args.only != "time":
-        result["accuracy"] = list(asked(size, args.jobs))
+        keep(accuracy=list(asked(size, args.jobs, known["accuracy"])))
     if args.only != "accuracy":
         decoder = {**DECODER, "layers": 8, "hidden": 64, "heads": 4, "ffn": 96} if args.quick else DECODER
-        result["decoder"], result["time"] = decoder, timed(decoder, size["rounds"])
-    replace(file, json.dumps(result, indent=2) + "\n")
-    replace(folder / "selection.md", markdown(result))
+        keep(decoder=decoder, time=timed(decoder, size["rounds"], known["time"]))
     print(markdown(result))
 
 
-def asked(size: dict[str, Any], jobs: int) -> Iterator[dict[str, Any]]:
-    """A row for the dense model, the blind one, and each method at each target."""
-    work = list(settings())
+Rows = dict[str, dict[str, Any]]
+"""By pipeline."""
+
+
+def asked(size: dict[str, Any], jobs: int, known: Rows) -> Iterator[dict[str, Any]]:
+    """A row for the dense model, the blind one, and each method at each target; those that are known as they are."""
     spawn = multiprocessing.get_context("spawn")
+    work: list[Method | None] = [None, *METHODS]
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for row in pool.map(ask, work, [size] * len(work)):
-            print(f"{row['passes'] or 'dense'}: {row['right']}", file=sys.stderr, flush=True)
-            yield row
+        for rows in pool.map(ask, work, [size] * len(work), [known] * len(work)):
+            for row in rows:
+                print(f"{row['passes'] or 'dense'}: {row['right']}", file=sys.stderr, flush=True)
+                yield row
 
 
-def settings() -> Iterator[dict[str, Any]]:
-    """Each method's pipelines whose visual work is nearest to the targets."""
-    model, _ = digits.load()
+def ask(method: Method | None, size: dict[str, Any], known: Rows) -> list[dict[str, Any]]:
+    """Right answers of a method at each target (None: of no method), and how many visual tokens stay where."""
+    model, processor = digits.load()
+    rows = []
+    for row in settings(method, model):
+        optimized = foveate.optimize(model, row["passes"])
+        right = known[row["passes"]]["right"] if row["passes"] in known else {}
+        for task, n in size["questions"].items():
+            if task not in right:
+                questions = digits.samples(task=task, n=n, seed=SEEDS[task])
+                right[task] = sum(evaluate(optimized, processor, questions).right)
+        rows.append({**row, "tokens": lengths(optimized.program), "right": right})
+    return rows
+
+
+def settings(method: Method | None, model: Any) -> Iterator[dict[str, Any]]:
+    """The pipelines of a method whose visual work is nearest to the targets; of no method, dense and blind."""
     program = foveate.trace(model)
 
     def flops(passes: str) -> tuple[int, int]:
         cost = foveate.cost(foveate.optimize(model, passes, traced=program).program, text_tokens=13)
         return cost.prefill.flops, cost.first_token_flops
 
-    whole, all_of_it = flops("")
-    least, _ = flops("cut-visual{from_layer=0}")
-    for name, passes in (("dense", ""), ("no image", "cut-visual{from_layer=0}")):
+    (whole, all_of_it), (least, _) = flops(""), flops(BLIND)
+
+    @functools.cache
+    def work(value: float) -> float:
+        assert method is not None
+        return (flops(method.passes(value))[0] - least) / (whole - least)
+
+    if method is None:
+        chosen = {"dense": "", "no image": BLIND}
+    else:
+        values = {nearest(method.values, work, target) for target in TARGETS}
+        chosen = {method.passes(value): method.passes(value) for value in sorted(values, reverse=True)}
+    for name, passes in chosen.items():
         own, total = flops(passes)
-        yield {"name": name, "passes": passes, "work": (own - least) / (whole - least), "flops": total / all_of_it}
-    for method in METHODS:
-
-        @functools.cache
-        def work(value: float, method: Method = method) -> float:
-            return (flops(method.passes(value))[0] - least) / (whole - least)
-
-        chosen = {nearest(method.values, work, target) for target in TARGETS}
-        for value in sorted(chosen, reverse=True):
-            passes = method.passes(value)
-            yield {"name": method.name, "passes": passes, "work": work(value), "flops": flops(passes)[1] / all_of_it}
-
-
-def ask(row: dict[str, Any], size: dict[str, Any]) -> dict[str, Any]:
-    """Right answers, and how many visual tokens stay where."""
-    model, processor = digits.load()
-    optimized = foveate.optimize(model, row["passes"])
-    right = {}
-    for task, n in size["questions"].items():
-        right[task] = sum(evaluate(optimized, processor, digits.samples(task=task, n=n, seed=SEEDS[task])).right)
-    return {**row, "tokens": lengths(optimized.program), "right": right}
+        row = {"name": name if method is None else method.name, "passes": passes}
+        yield {**row, "work": (own - least) / (whole - least), "flops": total / all_of_it}
 
 
 def lengths(program: Program) -> list[int]:
@@ -165,7 +184,7 @@ def lengths(program: Program) -> list[int]:
     return [sizes[max(at for at in sizes if at <= layer)] if seen[layer] else 0 for layer in range(len(seen))]
 
 
-def timed(decoder: dict[str, int], rounds: int) -> list[dict[str, Any]]:
+def timed(decoder: dict[str, int], rounds: int, known: Rows) -> list[dict[str, Any]]:
     """For each method the median of prefills, dense ones in between, and what of it was selecting."""
     model = random_llava(**decoder, **VISION)
     inputs = random_inputs(model, prefix=32, text_tokens=64)
@@ -175,6 +194,9 @@ def timed(decoder: dict[str, int], rounds: int) -> list[dict[str, Any]]:
     rows = []
     for method in METHODS:
         passes = method.quarter()
+        if passes in known:
+            rows.append(known[passes])
+            continue
         optimized = foveate.optimize(model, passes, traced=program)
         times: dict[str, list[float]] = {"dense": [], "optimized": []}
         with torch.inference_mode():
