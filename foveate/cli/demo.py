@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -215,7 +214,7 @@ def _picture(model: Any, processor: Any, sample: Sample) -> tuple[bytes, dict[st
     from foveate.evaluate import evaluate
     from foveate.report.compare import batch_inputs
     from foveate.report.kept import kept_mask, kept_places
-    from foveate.report.picture import kept_tokens_png
+    from foveate.report.picture import kept_tokens_png, png_bytes
 
     inputs = batch_inputs(processor, [sample])
     about = model.program.info
@@ -226,9 +225,7 @@ def _picture(model: Any, processor: Any, sample: Sample) -> tuple[bytes, dict[st
         f"asked: {sample.question}\nanswered: {said} (truth: {sample.answer})\n"
         f"{len(places)} of {about.tokens_per_image} visual tokens stay before layer {layer}"
     )
-    file = io.BytesIO()
-    kept_tokens_png(sample.image, about.grid, mask, caption).save(file, "PNG")
-    return file.getvalue(), {
+    return png_bytes(kept_tokens_png(sample.image, about.grid, mask, caption)), {
         "layer": layer,
         "kept": len(places),
         "of": about.tokens_per_image,

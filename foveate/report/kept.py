@@ -14,9 +14,9 @@ from foveate.ops import PAD
 def kept_places(model: Any, inputs: Mapping[str, Any]) -> dict[int, list[list[int]]]:
     """For each layer before which tokens are selected, the places in each prompt that stay; maybe none.
 
-    Runs one prefill of an `OptimizedModel`, if its program selects at all.
+    What the vision tower leaves is that of layer 0. Runs one prefill of an `OptimizedModel`, if its program selects.
     """
-    if not outputs(model.program.prefill)["kept"]:
+    if not outputs(model.program.prefill)["kept"] and not model.program.shortens:
         return {}
     kept = model(**inputs, use_cache=False).kept or {}
     return {layer: [[int(p) for p in row if p != PAD] for row in places] for layer, places in kept.items()}

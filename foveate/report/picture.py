@@ -1,13 +1,19 @@
-"""A picture of what a selection keeps: the image by patches, kept ones outlined, the others darkened."""
+"""Pictures of what selections keep: images by patches, kept ones outlined, the others darkened."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 LEAST_SIDE = 480
 """The picture is at least this wide; an image is enlarged by whole numbers, so that pixels stay square."""
+
+PANEL_SIDE = 240
+"""The same for one of several."""
 
 OUTLINE = (255, 176, 0)
 PAPER = (255, 255, 255)
@@ -17,8 +23,38 @@ MARGIN = 12
 LETTER = 16
 
 
+Mask = Sequence[Sequence[bool]]
+"""[rows][columns] of an image's grid: what stays."""
+
+
+Masks = Mapping[int, Sequence[Mask]]
+"""Layer -> one mask an image."""
+
+
+def seen_image(pixels: Tensor, processor: Any) -> Image.Image:
+    """An image as the model sees it, cut and scaled, from its pixel values [3, height, width]."""
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    levels = ((pixels * std + mean) * 255).round().clamp(0, 255)
+    return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
+
+
+def kept_sheet(images: Sequence[Image.Image], grid: tuple[int, int], masks: Masks) -> Image.Image:
+    """A row an image, a column a layer before which tokens are selected."""
+    panels = []
+    for number, image in enumerate(images):
+        for layer, of_layer in masks.items():
+            stay = sum(map(sum, of_layer[number]))
+            caption = f"image {number + 1}, layer {layer}: {stay} of {grid[0] * grid[1]}"
+            panels.append(kept_tokens_png(image, grid, of_layer[number], caption, PANEL_SIDE))
+    width, height = (max(getattr(panel, side) for panel in panels) for side in ("width", "height"))
+    sheet = Image.new("RGB", (width * len(masks), height * len(images)), PAPER)
+    for place, panel in enumerate(panels):
+        sheet.paste(panel, (place % len(masks) * width, place // len(masks) * height))
+    return sheet
+
+
 def kept_tokens_png(
-    image: Image.Image, grid: tuple[int, int], kept_mask: Sequence[Sequence[bool]], caption: str
+    image: Image.Image, grid: tuple[int, int], kept_mask: Mask, caption: str, side: int = LEAST_SIDE
 ) -> Image.Image:
     """The image as the model sees it, in `grid` rows and columns; `kept_mask` [rows][columns]: what stays.
 
@@ -27,7 +63,7 @@ def kept_tokens_png(
     rows, columns = grid
     if len(kept_mask) != rows or any(len(row) != columns for row in kept_mask):
         raise ValueError(f"the mask must have {rows} rows of {columns}, as the grid has")
-    picture = _enlarge(image.convert("RGB"))
+    picture = _enlarge(image.convert("RGB"), side)
     dark = Image.eval(picture, lambda value: int(value * DARKER))
     shade = Image.new("L", picture.size, 255)
     draw = ImageDraw.Draw(shade)
@@ -43,8 +79,15 @@ def kept_tokens_png(
     return _with_caption(picture, caption)
 
 
-def _enlarge(image: Image.Image) -> Image.Image:
-    factor = max(1, -(-LEAST_SIDE // image.width))
+def png_bytes(picture: Image.Image) -> bytes:
+    """The file of a picture."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def _enlarge(image: Image.Image, side: int) -> Image.Image:
+    factor = max(1, -(-side // image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 

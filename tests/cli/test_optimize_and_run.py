@@ -70,6 +70,32 @@ def test_several_images_and_text_alone(run: Run, saved: Path, image: Path) -> No
     assert alone["visual_tokens"] == 0
 
 
+def test_kept_patches_are_drawn_by_image_and_layer(run: Run, folder: Path, image: Path, tmp_path: Path) -> None:
+    drawn, one = tmp_path / "kept.png", tmp_path / "one.png"
+    passes = "divprune{keep=0.5},fastv{layer=1,keep=0.5}"
+    result = ask(run, folder, [image, image], QUESTION, "--passes", passes, "--kept", drawn, "--json")
+    kept = json.loads(result.stdout)["kept"]
+    assert {layer: len(places) for layer, places in kept.items()} == {"0": 144, "1": 72}
+    assert ask(run, folder, [image], QUESTION, "--passes", "divprune{keep=0.5}", "--kept", one).exit_code == 0
+    width, height = Image.open(one).size
+    sheet = Image.open(drawn).convert("RGB")
+    assert sheet.size == (2 * width, 2 * height)
+    # Both images are the same, and so is what divprune leaves of them; what fastv leaves is less.
+    boxes = [(column * width, row * height) for row in (0, 1) for column in (0, 1)]
+    panels = [sheet.crop((x, y, x + width, y + height - 40)).tobytes() for x, y in boxes]
+    assert panels[0] == panels[2] != panels[1]
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_nothing_to_draw_is_an_error(run: Run, folder: Path, image: Path, tmp_path: Path, images: int) -> None:
+    drawn = tmp_path / "kept.png"
+    passes = "cut-visual{from_layer=1}" if images else "divprune{keep=0.5}"
+    result = ask(run, folder, [image] * images, QUESTION, "--passes", passes, "--kept", drawn)
+    assert result.exit_code == 2
+    assert "--kept draws what a selection keeps" in result.stderr
+    assert not drawn.exists()
+
+
 def test_a_question_is_wrapped_as_the_model_was_trained(folder: Path) -> None:
     processor = load_model(str(folder)).get_processor()
     assert full_prompt(processor, QUESTION, 1) == prompt_for(QUESTION)
