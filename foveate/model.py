@@ -20,7 +20,7 @@ from foveate.generation import Generates, NextToken
 from foveate.ir.program import Program
 from foveate.ir.train import derive_train
 from foveate.ir.weights import linear_weights
-from foveate.labels import NO_LABEL, asked_of, next_labels
+from foveate.labels import NO_LABEL, Asked, asked_of, next_labels
 from foveate.ops import PAD
 from foveate.steps import Capture, captured, cuda_graph
 from foveate.streams import Images, Stream, Streams, arrange, shorten
@@ -142,21 +142,29 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         num_items_in_batch: Tensor | int | None,
     ) -> NextToken:
         if not self._train:
-            # Eager whatever the backend: compiled backward graphs do not hold for every size of prompt yet.
-            graphs = {"vision": self.program.graphs["vision"], "train": derive_train(self.program)}
-            self._train = {name: lower_graph(self.program, "eager", name, graph) for name, graph in graphs.items()}
+            self._train = self._train_graphs()
         about, images = self.program.info, self._images(pixel_values, self._train)
         attention_mask, position_ids = shorten(about, input_ids, attention_mask, position_ids, images)
         following = next_labels(input_ids, attention_mask, labels)
         streams = arrange(about, input_ids, attention_mask, position_ids, images, following != NO_LABEL)
         asked = asked_of(streams, following)
         inputs = {**self._inputs(input_ids, streams, images), "asked": asked.columns, "asking": asked.asking}
+        loss, out = self._learn(inputs, asked, num_items_in_batch)
+        return NextToken(loss=loss, logits=out["logits"], labels=asked.labels, kept=self._kept(out["kept"], streams))
+
+    def _train_graphs(self) -> dict[str, Runner]:
+        return training_graphs(self.program)
+
+    def _learn(
+        self, inputs: dict[str, Tensor | int], asked: Asked, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss, and what the training graph returns."""
         out = self._train["train"](inputs)
         logits = out["logits"]
         loss = ForCausalLMLoss(
             logits, None, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=asked.labels
         )
-        return NextToken(loss=loss, logits=logits, labels=asked.labels, kept=self._kept(out["kept"], streams))
+        return loss, out
 
     def prefill_inputs(
         self,
@@ -286,6 +294,15 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
     def from_pretrained(cls, *args: Any, **options: Any) -> OptimizedModel:
         """Use `foveate.load` instead."""
         raise InputError("an optimized model is loaded with foveate.load(folder)")
+
+
+def training_graphs(program: Program) -> dict[str, Runner]:
+    """`vision` and `train`, runnable; eager whatever the backend.
+
+    Compiled backward graphs do not hold for every size of prompt yet.
+    """
+    graphs = {"vision": program.graphs["vision"], "train": derive_train(program)}
+    return {name: lower_graph(program, "eager", name, graph) for name, graph in graphs.items()}
 
 
 def _refuse(options: dict[str, Any]) -> None:

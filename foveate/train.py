@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,7 +27,9 @@ from foveate.model import OptimizedModel
 class Settings:
     """How to train. steps: of the optimizer, else `epochs` times the data; lora_rank: 0 trains the weights themselves.
 
-    part: `decoder` leaves the vision tower and projector as they are, `all` trains them too. half: bfloat16 autocast.
+    part: `decoder` leaves the vision tower and projector as they are, `all` trains them too, `modules` is for
+    `foveate.learn`, as are ratio_weight, ratio_loss and distill (None: as the method's paper has it). half: bfloat16
+    autocast.
     """
 
     steps: int | None = None
@@ -36,20 +38,27 @@ class Settings:
     batch: int = 8
     accumulate: int = 1
     lora_rank: int = 0
-    part: Literal["decoder", "all"] = "decoder"
+    part: Literal["decoder", "all", "modules"] = "decoder"
     seed: int = 0
     save_every: int = 100
     half: bool = False
+    ratio_weight: float = 2.0
+    ratio_loss: Literal["mse", "huber"] = "mse"
+    distill: float | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run did. losses: (step, mean loss since the one before); parameters: how many were trained."""
+    """What a run did. losses: (step, mean loss since the one before); parameters: how many were trained.
+
+    terms: (step, means) of the parts that the loss is a sum of, where it has parts.
+    """
 
     steps: int
     losses: tuple[tuple[int, float], ...]
     parameters: int
     seconds: float
+    terms: tuple[tuple[int, dict[str, float]], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data, with the first and the last loss by name."""
@@ -61,6 +70,7 @@ class Trained:
             "first_loss": first,
             "last_loss": last,
             "losses": [list(each) for each in self.losses],
+            "terms": [{"step": step, **means} for step, means in self.terms],
         }
 
 
@@ -120,10 +130,33 @@ def finetune(
     folder: where checkpoints are kept, the newest only; with `resume` the run goes on from there. Raises BackendError
     where the extra is not installed, InputError where there is nothing to resume or to learn.
     """
-    for package in ("accelerate", *(["peft"] if settings.lora_rank else [])):
-        if find_spec(package) is None:
-            raise BackendError(f"training needs {package}: pip install 'foveate[train]'")
-    from transformers import Trainer, set_seed
+    _check_packages(settings)
+    with ExitStack() as stack:
+        if settings.part == "decoder":
+            for weight in _vision_weights(model):
+                stack.callback(weight.requires_grad_, weight.requires_grad)
+                weight.requires_grad_(False)
+        trained = _with_lora(model, settings) if settings.lora_rank else model
+        result = fit(trained, Collator(processor), examples, settings, folder, resume, tick)
+        if settings.lora_rank:
+            trained.merge_and_unload()
+    model.eval()
+    return result
+
+
+def fit(
+    model: Any,
+    collator: Collator,
+    examples: Sequence[Example],
+    settings: Settings,
+    folder: Path,
+    resume: bool,
+    tick: Tick,
+    terms: Callable[[], dict[str, float]] | None = None,
+) -> Trained:
+    """Train what of a model wants a gradient, in place. terms: means of the loss's parts since they were asked last."""
+    _check_packages(settings)
+    from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
     if not len(examples):
@@ -133,28 +166,44 @@ def finetune(
         raise InputError(f"{folder} holds no checkpoint to resume from")
     set_seed(settings.seed)
     begun = time.perf_counter()
-    with ExitStack() as stack:
-        if settings.part == "decoder":
-            for weight in _vision_weights(model):
-                stack.callback(weight.requires_grad_, weight.requires_grad)
-                weight.requires_grad_(False)
-        trained = _with_lora(model, settings) if settings.lora_rank else model
-        parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        watch = _watch(tick)
-        trainer = Trainer(
-            model=trained,
-            args=_arguments(settings, folder),
-            train_dataset=examples,
-            data_collator=Collator(processor),
-            callbacks=[watch],
-        )
-        _silence(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if settings.lora_rank:
-            trained.merge_and_unload()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainer = _trainer(terms)(
+        model=model,
+        args=_arguments(settings, folder),
+        train_dataset=examples,
+        data_collator=collator,
+        callbacks=[_watch(tick)],
+    )
+    _silence(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
-    losses = [(x["step"], x["loss"]) for x in trainer.state.log_history if "loss" in x]
-    return Trained(trainer.state.global_step, tuple(losses), parameters, time.perf_counter() - begun)
+    logs = [x for x in trainer.state.log_history if "loss" in x]
+    parts = [(x["step"], {name: x[name] for name in x if name.endswith("_loss")}) for x in logs]
+    return Trained(
+        trainer.state.global_step,
+        tuple((x["step"], x["loss"]) for x in logs),
+        parameters,
+        time.perf_counter() - begun,
+        tuple(each for each in parts if each[1]),
+    )
+
+
+def _check_packages(settings: Settings) -> None:
+    for package in ("accelerate", *(["peft"] if settings.lora_rank else [])):
+        if find_spec(package) is None:
+            raise BackendError(f"training needs {package}: pip install 'foveate[train]'")
+
+
+def _trainer(terms: Callable[[], dict[str, float]] | None) -> Any:
+    """The Trainer, which logs the loss's parts beside it."""
+    from transformers import Trainer
+
+    class Telling(Trainer):  # type: ignore[misc]  # transformers is untyped
+        def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+            also = terms() if terms is not None and "loss" in logs else {}
+            super().log({**logs, **also}, *args, **options)
+
+    return Telling
 
 
 def _vision_weights(model: OptimizedModel) -> list[torch.nn.Parameter]:

@@ -28,9 +28,19 @@ ALLOWED = {
     "steps": BASE | {"backends", "cache"},
     "model": BASE | {"ir", "backends", "cache", "streams", "labels", "generation", "steps", "artifact", "report"},
 }
-EVERYTHING = {"api", "artifact", "calibrate", "cli", "report", "bench", "evaluate", "examples", "machine", "train"} | {
-    "__init__"
-}
+EVERYTHING = {
+    "api",
+    "artifact",
+    "calibrate",
+    "cli",
+    "report",
+    "bench",
+    "evaluate",
+    "examples",
+    "learn",
+    "machine",
+    "train",
+} | {"__init__"}
 
 
 def imported(path: Path) -> set[str]:

@@ -32,7 +32,7 @@ def derive_train(program: Program) -> fx.Graph:
 
     Inputs: those of the prefill graph; `asked` int64 [B, k], columns of the text stream whose next token is wanted;
     `asking` int64 [B, 1], the column that selections heed, where the program has any. Returns `{"logits": [B, k, V],
-    "kept": ...}` and no keys or values.
+    "kept": ...}`, what else the prefill graph returns, and no keys or values.
     """
     edit = Rewriter(program, copy_graph(program.prefill), by="train")
     graph = edit.graph
@@ -57,7 +57,7 @@ def derive_train(program: Program) -> fx.Graph:
             # The queries are no longer the last of the prompt in a row, which `prefix` would promise.
             node.args = replace(scattered, prefix=-1).args
     result: dict[str, Any] = outputs(graph)
-    edit.output({"logits": result["logits"], "kept": result["kept"]})
+    edit.output({name: value for name, value in result.items() if name != "kv"})
     edit.sweep()
     edit.refresh()
     return graph

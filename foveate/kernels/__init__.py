@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, guided, linear, merging, scores, statistics, tokens
+from foveate.kernels import attention, counting, guided, learned, linear, merging, scores, statistics, tokens
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import constant, differentiable
 from foveate.kernels.neighbor import dispatch
@@ -38,6 +38,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "recycle_tokens": guided.recycle_tokens,
     "merge_tokens": guided.merge_tokens,
     "dart_scores": guided.dart_scores,
+    "cross_attention": learned.cross_attention,
+    "mean_token": learned.mean_token,
+    "decide": learned.decide,
+    "weighted_attention": learned.weighted_attention,
     "attention_statistics": statistics.attention_statistics,
     "activity": statistics.activity,
     "divergence": statistics.divergence,
@@ -58,17 +62,26 @@ DIFFERENTIABLE = (
     "take_tokens",
     "merge_tokens",
     "prumerge",
+    "cross_attention",
+    "mean_token",
+    "decide",
 )
 
 for _name in DIFFERENTIABLE:
     differentiable(_name, IMPLEMENTATIONS[_name])
 
-for _name in IMPLEMENTATIONS.keys() - {*DIFFERENTIABLE, "neighbor_attention"}:
+for _name in IMPLEMENTATIONS.keys() - {*DIFFERENTIABLE, "neighbor_attention", "weighted_attention"}:
     constant(_name)
 
 differentiable("neighbor_attention", dispatch.neighbor_attention, dispatch.triton_gradients)
+differentiable("weighted_attention", learned.weighted_attention, learned.weighted_gradients)
 
-for _name in ("attention", "linear", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row"):
+FOLLOW_AUTOCAST = (
+    *("attention", "linear", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row"),
+    *("cross_attention", "weighted_attention"),
+)
+
+for _name in FOLLOW_AUTOCAST:
     follow_autocast(_name)
 
 for _name, _rule in counting.FLOPS.items():

@@ -92,6 +92,18 @@ def _merge(x: Tensor, weights: Tensor, *rest: Any, **also: Any) -> int:
     return 2 * x.numel() * weights.shape[1]
 
 
+def _cross_attention(q: Tensor, k: Tensor, *rest: Any, **also: Any) -> int:
+    return 4 * q.numel() * k.shape[2]
+
+
+def _mean(x: Tensor, *rest: Any, **also: Any) -> int:
+    return 2 * x.numel()
+
+
+def _weighted_attention(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
+    return 4 * q.numel() * sum(x.shape[2] for x in k)
+
+
 def linear(x: Tensor, weight: Tensor, *rest: Any, **also: Any) -> int:
     """Of a linear, oneDNN's too, which `torch.utils.flop_counter` does not know."""
     return 2 * x.numel() * weight.shape[0]
@@ -111,5 +123,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "raters": _raters,
     "rater_scores": _rater_scores,
     "merge_tokens": _merge,
+    "cross_attention": _cross_attention,
+    "mean_token": _mean,
+    "weighted_attention": _weighted_attention,
 }
 """Op -> rule; rules take the op's own arguments."""

@@ -16,6 +16,7 @@ from foveate.ops.core import (
     varlen_attention,
 )
 from foveate.ops.guided import cluster_count, dart_scores, merge_tokens, rater_scores, raters, recycle_tokens
+from foveate.ops.learned import cross_attention, decide, mean_token, weighted_attention
 from foveate.ops.library import BLOCK, FEW_QUERIES, LIBRARY, PAD
 from foveate.ops.selection import attention_row, grid_scores, places, random_scores, take_tokens, top_tokens
 from foveate.ops.statistics import activity, attention_statistics, divergence
@@ -33,7 +34,9 @@ __all__ = [
     "attention_row",
     "attention_statistics",
     "cluster_count",
+    "cross_attention",
     "dart_scores",
+    "decide",
     "distinct_pairs",
     "distinct_scores",
     "divergence",
@@ -41,6 +44,7 @@ __all__ = [
     "encoder_attention",
     "grid_scores",
     "linear",
+    "mean_token",
     "merge_tokens",
     "neighbor_attention",
     "places",
@@ -54,4 +58,5 @@ __all__ = [
     "top_tokens",
     "varlen_attention",
     "visionzip",
+    "weighted_attention",
 ]

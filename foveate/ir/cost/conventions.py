@@ -6,8 +6,8 @@ as `actual` has it. All count a layer whole, also the last one, whose visual out
 - `yopo` (arXiv 2410.06169): FLOPs of visual tokens in the language model: linears, and dense non-causal attention
   among visual tokens. No text, no vision tower, no head. Bytes and time stay those of `actual`.
 - `lvpruning` (arXiv 2501.13652): FLOPs of linears alone: the vision tower to its full depth, projector, all tokens
-  in the language model, the head on every token left; and decision modules where `modules` says so. Bytes and time
-  stay those of `actual`.
+  in the language model, the head on every token left; and decision modules, those in the graph or, where it has
+  none, those that `modules` names. Bytes and time stay those of `actual`.
 - `llm-viewer` (arXiv 2402.16363, used by arXiv 2409.01162): the language model's prefill with its own roofline and
   byte counts: attention scores are written and read (no fused kernel), the head runs for one token and counts a
   multiply-add once. The vision tower counts nothing.
@@ -26,6 +26,7 @@ from foveate.ir.cost.shapes import LayerShape, layer_shapes
 from foveate.ir.cost.sizes import Precision, Sizes
 from foveate.ir.cost.work import Work, node_flops
 from foveate.ir.program import Program, info
+from foveate.ir.rewriter import nodes_of
 
 aten = torch.ops.aten
 
@@ -86,7 +87,16 @@ def lvpruning(request: Request) -> dict[str, Work]:
         entering = layers[max(layer - 1, 0)].tokens if layer else request.sizes.names["visual_tokens"]
         # Two cross-attention blocks: queries, output and a 2x FFN for each visual token, keys and values for text.
         total += 2 * 2 * d * d * (6 * entering + 2 * request.text)
-    return {"vision": Work(flops=_tower_linears(request)), "prefill": Work(flops=request.batch * total)}
+    found = _module_linears(request)
+    if found and request.modules:
+        raise InputError("modules: the program has modules, which are counted; leave the option out")
+    return {"vision": Work(flops=_tower_linears(request)), "prefill": Work(flops=request.batch * total + found)}
+
+
+def _module_linears(request: Request) -> int:
+    """Linears of the modules that are in the graph, without the two logits of a token, which the paper leaves out."""
+    linears = nodes_of(request.program.prefill, role="module", op=aten.linear.default)
+    return sum(node_flops(n, request.sizes, request.device)[0] for n in linears if request.sizes.shape(n)[-1] > 2)
 
 
 def _tower_linears(request: Request) -> int:

@@ -43,7 +43,9 @@ VIEWS = {
 GATHERS = {ops.take_tokens, aten.embedding.default}
 """Ops that read only as much of their source as they return."""
 
-ATTENTIONS = {ops.attention, ops.neighbor_attention, ops.encoder_attention, ops.varlen_attention}
+ATTENTIONS = {
+    *(ops.attention, ops.neighbor_attention, ops.encoder_attention, ops.varlen_attention, ops.cross_attention),
+}
 
 FUSABLE = {
     *ELEMENTWISE,
@@ -270,6 +272,15 @@ def _merge(node: fx.Node, sizes: Sizes) -> int:
     return 2 * sizes.numel(x) * sizes.shape(weights)[1]
 
 
+def _cross_attention(node: fx.Node, sizes: Sizes) -> int:
+    q, k = args_of(node)[:2]
+    return 4 * sizes.numel(q) * sizes.shape(k)[2]
+
+
+def _mean(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * sizes.numel(args_of(node)[0])
+
+
 FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.linear.default: _linear,
     aten.conv2d.default: _conv,
@@ -284,4 +295,6 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.raters: _raters,
     ops.rater_scores: _rater_scores,
     ops.merge_tokens: _merge,
+    ops.cross_attention: _cross_attention,
+    ops.mean_token: _mean,
 }

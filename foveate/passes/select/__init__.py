@@ -6,6 +6,7 @@ from foveate.passes.select.divprune import DivPrune
 from foveate.passes.select.fastervlm import FasterVLM
 from foveate.passes.select.fastv import FastV
 from foveate.passes.select.grid_prune import GridPrune
+from foveate.passes.select.lvpruning import LVPruning
 from foveate.passes.select.prumerge import PruMerge
 from foveate.passes.select.pyramiddrop import PyramidDrop
 from foveate.passes.select.random_prune import RandomPrune
@@ -21,6 +22,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "GridPrune",
+    "LVPruning",
     "PruMerge",
     "PyramidDrop",
     "RandomPrune",
