@@ -18,7 +18,7 @@ from foveate.ir.modules import Modules
 from foveate.learn import Learner, learn_modules, learner
 from foveate.models.random import random_inputs, random_llava
 from foveate.ops import PAD
-from foveate.passes import LVPruning
+from foveate.passes import DynamicViT, LVPruning, SmartTrim
 from foveate.train import Settings
 from tests.oracle.learned import learned_logits, ratio_loss, with_weights
 from tests.passes.test_learned import HIDDEN, ORACLES
@@ -31,7 +31,7 @@ PROMPTS: tuple[dict[str, Any], ...] = (
     {"batch": 2, "padding": "right"},
     {"batch": 2, "images": 0},
 )
-SELECTIONS = [LVPruning(layers=(1, 3), ratio=0.6, step=0.35)]
+SELECTIONS = [LVPruning(layers=(1, 3), ratio=0.6, step=0.35), DynamicViT((1, 3)), SmartTrim((1, 3))]
 
 
 @cache

@@ -68,6 +68,8 @@ def test_passes_and_their_options():
         "visionzip": {"dominant": 54, "contextual": 10},
         "fastv": {"layer": 2, "keep": 0.5},
         "grid-prune": {"layer": 2, "keep": 0.5},
+        "dynamicvit": {"layers": (), "modules": None, "keep": 0.7},
+        "smarttrim": {"layers": (), "modules": None, "keep": 0.3},
         "lvpruning": {"layers": (1, 8, 16), "modules": None, "ratio": 0.5, "step": 0.2},
         "pyramiddrop": {"layers": (), "keep": 0.5},
         "neighbor-attention": {"metric": "chebyshev", "causal": False, "see_prefix": True, "layers": None},

@@ -59,6 +59,50 @@ class LVModule(nn.Module):
         return gamma[:, 0] - gamma[:, 1]
 
 
+class ViTModule(nn.Module):
+    """DynamicViT's predictor; its first and second linear are kept in halves, and are put together here."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        half = size // 2
+        self.norm = nn.LayerNorm(size)
+        self.local, self.whole, self.own = nn.Linear(size, half), nn.Linear(size, half), nn.Linear(half, half)
+        self.mean = nn.Linear(half, half, bias=False)
+        self.down, self.head = nn.Linear(half, size // 4), nn.Linear(size // 4, 2)
+
+    def forward(self, visual: Tensor, text: Tensor, there: Tensor) -> Tensor:
+        """As the paper's code writes it: one linear, halves, the policy-weighted mean, concatenation."""
+        first = torch.cat([self.local.weight, self.whole.weight]), torch.cat([self.local.bias, self.whole.bias])
+        x = nn.functional.gelu(nn.functional.linear(self.norm(visual), *first))
+        local, other = x.chunk(2, dim=1)
+        mean = (other * there[:, None]).sum(0) / there.sum().clamp(min=1)
+        x = torch.cat([local, mean.expand_as(local)], 1)
+        second = torch.cat([self.own.weight, self.mean.weight], 1)
+        x = self.down(nn.functional.gelu(nn.functional.linear(x, second, self.own.bias)))
+        gamma = self.head(nn.functional.gelu(x)).log_softmax(1)
+        return gamma[:, 0] - gamma[:, 1]
+
+
+class TrimModule(nn.Module):
+    """SmartTrim's token gate on a decoder: own token, mean of the image, last token of the prompt, side by side."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.norm, self.norm_text = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.own = nn.Linear(size, size // 2)
+        self.image, self.text = (nn.Linear(size, size // 2, bias=False) for _ in range(2))
+        self.head = nn.Linear(size // 2, 2)
+
+    def forward(self, visual: Tensor, text: Tensor, there: Tensor) -> Tensor:
+        """One linear of the concatenation."""
+        x = self.norm(visual)
+        mean = (x * there[:, None]).sum(0) / there.sum().clamp(min=1)
+        side = torch.cat([x, mean.expand_as(x), self.norm_text(text[-1]).expand_as(x)], 1)
+        weight = torch.cat([self.own.weight, self.image.weight, self.text.weight], 1)
+        gamma = self.head(nn.functional.gelu(nn.functional.linear(side, weight, self.own.bias)))
+        return gamma[:, 0] - gamma[:, 1]
+
+
 def with_weights(module: nn.Module, tensors: Mapping[str, Tensor], layer: int) -> nn.Module:
     """The module with the weights of a file that belong to `layer`, all of them."""
     own = {name.partition(".")[2]: v for name, v in tensors.items() if name.startswith(f"{layer}.")}

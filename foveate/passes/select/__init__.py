@@ -3,6 +3,7 @@
 from foveate.passes.select.average_pool import AveragePool
 from foveate.passes.select.dart import DART
 from foveate.passes.select.divprune import DivPrune
+from foveate.passes.select.dynamicvit import DynamicViT
 from foveate.passes.select.fastervlm import FasterVLM
 from foveate.passes.select.fastv import FastV
 from foveate.passes.select.grid_prune import GridPrune
@@ -11,6 +12,7 @@ from foveate.passes.select.prumerge import PruMerge
 from foveate.passes.select.pyramiddrop import PyramidDrop
 from foveate.passes.select.random_prune import RandomPrune
 from foveate.passes.select.resize import Resize
+from foveate.passes.select.smarttrim import SmartTrim
 from foveate.passes.select.sparsevlm import SparseVLM
 from foveate.passes.select.visionzip import VisionZip
 from foveate.passes.select.vispruner import VisPruner
@@ -19,6 +21,7 @@ __all__ = [
     "DART",
     "AveragePool",
     "DivPrune",
+    "DynamicViT",
     "FastV",
     "FasterVLM",
     "GridPrune",
@@ -27,6 +30,7 @@ __all__ = [
     "PyramidDrop",
     "RandomPrune",
     "Resize",
+    "SmartTrim",
     "SparseVLM",
     "VisPruner",
     "VisionZip",
