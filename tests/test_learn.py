@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 import foveate
+from foveate.cli.main import cli
 from foveate.errors import InputError, PassError
 from foveate.examples import Example
 from foveate.ir.modules import Modules
@@ -192,7 +194,7 @@ def test_a_run_is_logged_in_terms_and_goes_on_where_it_was_interrupted(tmp_path:
     drawn_questions = questions(8)
     made = learner(model, DIGITS, FEW)
     started = made.modules_now()
-    modules, result = learn_modules(made, processor, drawn_questions, FEW_FOLDER(tmp_path / "one"))
+    modules, result = learn_modules(made, processor, drawn_questions, made_folder(tmp_path / "one"))
     assert result.steps == 4 and result.parameters == sum(x.numel() for x in modules.tensors.values())
     assert set(result.terms[0][1]) == {"answer_loss", "ratio_loss"}
     for (_, loss), (_, terms) in zip(result.losses, result.terms, strict=True):
@@ -211,7 +213,7 @@ def test_a_run_is_logged_in_terms_and_goes_on_where_it_was_interrupted(tmp_path:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "training_step", stop)
-        learn_modules(learner(model, DIGITS, FEW), processor, drawn_questions, FEW_FOLDER(tmp_path / "two"))
+        learn_modules(learner(model, DIGITS, FEW), processor, drawn_questions, made_folder(tmp_path / "two"))
     again, told = learn_modules(learner(model, DIGITS, FEW), processor, drawn_questions, tmp_path / "two", resume=True)
     assert told.steps == 4 and all(torch.equal(modules.tensors[n], again.tensors[n]) for n in modules.tensors)
 
@@ -222,7 +224,34 @@ def test_a_run_is_logged_in_terms_and_goes_on_where_it_was_interrupted(tmp_path:
     assert opt(**inputs).kept[1].shape[1] == 36
 
 
-def FEW_FOLDER(folder: Path) -> Path:  # noqa: N802
+@pytest.mark.slow
+def test_the_command_makes_a_file_that_the_pass_takes(tmp_path: Path) -> None:
+    def run(*args: object) -> Any:
+        return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+    few = ("--data", "digits", "--steps", 2, "--batch", 2)
+    out = tmp_path / "m.safetensors"
+    passes = "lvpruning{layers=[1],ratio=0.5}"
+    result = run("train", "digits", "-p", passes, "--part", "modules", *few, "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["passes"] == [passes.replace(",ratio=0.5", "")] and told["steps"] == 2
+    assert set(told["terms"][0]) == {"step", "answer_loss", "ratio_loss"}
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"], "checkpoints are gone when the run is done"
+    asked = run("eval", "digits", "-p", f"lvpruning{{layers=[1],modules={out}}}", "-n", 2, "--json")
+    assert asked.exit_code == 0 and json.loads(asked.stdout)["optimized"]["n"] == 2
+    for options, message in (
+        (("-p", passes, "-o", out), "exists already"),
+        (("-p", passes, "-o", tmp_path / "folder"), "must end in .safetensors"),
+        (("-p", passes, "-o", tmp_path / "n.safetensors", "--lora-rank", 2), "leave it out with --part modules"),
+        (("-p", "fastv", "-o", tmp_path / "n.safetensors"), "takes passes of which the last"),
+    ):
+        refused = run("train", "digits", "--part", "modules", *few, *options)
+        assert refused.exit_code == 2 and message in refused.stderr, refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def made_folder(folder: Path) -> Path:
     folder.mkdir()
     return folder
 

@@ -75,12 +75,12 @@ class Modules:
             if found != wanted.get(name):
                 raise PassError(f"{kind}: {where}: {name} is {found}, not {wanted.get(name, 'part of a module')}")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the file so that it is there whole or not at all; ArtifactError where that fails."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
         about = {"format": FORMAT, "kind": self.kind, "model": self.model, "before": list(self.before)}
         about["trained"] = self.trained
-        write_whole(path, safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)}))
+        write_whole(Path(path), safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Modules:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 from foveate.errors import ArtifactError, FoveateError, PassError
@@ -135,6 +136,17 @@ def test_the_figures_of_lvpruning_from_the_graph(ratio: float, counts: tuple[int
     assert round(spent / 1e12, 4) == published
     with pytest.raises(FoveateError, match="leave the option out"):
         cost_of(program, convention="lvpruning", modules=(1, 8, 16))
+
+
+@pytest.mark.parametrize("selection", [LVPruning((1, 3)), DynamicViT((1, 3)), SmartTrim((1, 3))], ids=lambda s: s.name)
+def test_the_forecast_counts_what_runs(gqa: Any, selection: Any, tmp_path: Path) -> None:
+    modules_of(selection, gqa, tmp_path / "m")
+    opt = optimize(gqa, [named(selection, tmp_path / "m")])
+    inputs, _ = opt.prefill_inputs(**random_inputs(gqa, text_tokens=12, prefix=3))
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        opt._run["prefill"](inputs)
+    forecast = cost_of(opt.program, visual_tokens=16, text_tokens=12, prefix_tokens=3)
+    assert counter.get_total_flops() == forecast.prefill.flops
 
 
 def rewritten(path: Path, change: Any, tensors: Any = None) -> Path:
