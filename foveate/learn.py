@@ -11,7 +11,7 @@ trainer; `learn_modules` is what `foveate train --part modules` runs. Needs the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from foveate.backends.base import Runner
 from foveate.errors import InputError, PassError
 from foveate.evaluate import Tick, silent
 from foveate.examples import Example
-from foveate.ir.modules import Modules
+from foveate.ir.modules import Modules, shape_of
 from foveate.ir.program import Program, Weights
 from foveate.labels import NO_LABEL, Asked
 from foveate.model import OWN, OptimizedModel, training_graphs
@@ -80,7 +80,7 @@ class Learner(OptimizedModel):
         """The modules as they are, to be saved; trained: how they came to be."""
         stem = len(self.selection.name) + 1
         tensors = {name[stem:]: self.program.weights.get(name).detach() for name in self.own}
-        return replace(self.selection.new(self.program, 0), tensors=tensors, trained=dict(trained or {}))
+        return Modules(self.selection.name, shape_of(self.program.info), self.stages, tensors, dict(trained or {}))
 
     def noise(self, layer: int, shape: torch.Size, device: torch.device) -> Tensor:
         """What draws the decisions before a layer: logistic noise fp32, the difference of two Gumbel ones."""
@@ -140,8 +140,9 @@ class Learner(OptimizedModel):
         return found
 
     def mean_terms(self) -> dict[str, float]:
-        """Each term's mean since this was asked last."""
-        means = {f"{name}_loss": value / max(1, self.counted) for name, value in self.terms.items()}
+        """Each term's mean over steps since this was asked last."""
+        steps = max(1, self.counted) / self.settings.accumulate
+        means = {f"{name}_loss": value / steps for name, value in self.terms.items()}
         self.terms, self.counted = {}, 0
         return means
 

@@ -19,6 +19,8 @@ import torch
 from foveate.errors import BackendError, InputError
 from foveate.evaluate import Tick, silent
 from foveate.examples import Example
+from foveate.ir.modules import MODULE
+from foveate.ir.program import info
 from foveate.labels import NO_LABEL
 from foveate.model import OptimizedModel
 
@@ -132,10 +134,9 @@ def finetune(
     """
     _check_packages(settings)
     with ExitStack() as stack:
-        if settings.part == "decoder":
-            for weight in _vision_weights(model):
-                stack.callback(weight.requires_grad_, weight.requires_grad)
-                weight.requires_grad_(False)
+        for weight in (*_module_weights(model), *(_vision_weights(model) if settings.part == "decoder" else ())):
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(False)
         trained = _with_lora(model, settings) if settings.lora_rank else model
         result = fit(trained, Collator(processor), examples, settings, folder, resume, tick)
         if settings.lora_rank:
@@ -211,6 +212,13 @@ def _vision_weights(model: OptimizedModel) -> list[torch.nn.Parameter]:
     graphs = model.program.graphs
     read = {name: {str(n.target) for n in graph.nodes if n.op == "get_attr"} for name, graph in graphs.items()}
     values = [model.weights.get(name) for name in sorted(read["vision"] - read["prefill"])]
+    return [value for value in values if isinstance(value, torch.nn.Parameter)]
+
+
+def _module_weights(model: OptimizedModel) -> list[torch.nn.Parameter]:
+    """Parameters of selections that learnt: what they choose has no derivative, so here they learn nothing."""
+    read = [n for n in model.program.prefill.nodes if n.op == "get_attr"]
+    values = [model.weights.get(str(n.target)) for n in read if all(info(user).role == MODULE for user in n.users)]
     return [value for value in values if isinstance(value, torch.nn.Parameter)]
 
 

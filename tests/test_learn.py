@@ -21,7 +21,7 @@ from foveate.learn import Learner, learn_modules, learner
 from foveate.models.random import random_inputs, random_llava
 from foveate.ops import PAD
 from foveate.passes import DynamicViT, LVPruning, SmartTrim
-from foveate.train import Settings
+from foveate.train import Settings, _module_weights
 from tests.oracle.learned import learned_logits, ratio_loss, with_weights
 from tests.passes.test_learned import HIDDEN, ORACLES
 from tests.passes.test_training import answered
@@ -278,6 +278,17 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> N
         learn_modules(made, processor, [Example("a", answer="b")] * 3, tmp_path)
     with pytest.raises(InputError, match="holds no checkpoint to resume from"):
         learn_modules(made, processor, questions(1), tmp_path, resume=True)
+
+
+def test_modules_of_a_saved_model_do_not_learn_when_the_model_does(tmp_path: Path) -> None:
+    _, made = fresh(SELECTIONS[0])
+    made.modules_now().save(tmp_path / "m")
+    model, program = traced(2)
+    passes = f"lvpruning{{layers=[1, 3],ratio=0.6,step=0.35,modules={tmp_path / 'm'}}}"
+    foveate.optimize(model, passes, traced=program).save_pretrained(tmp_path / "saved")
+    saved = foveate.load(tmp_path / "saved")
+    frozen = {id(weight) for weight in _module_weights(saved)}
+    assert frozen == {id(saved.weights.get(name)) for name in made.own}
 
 
 def test_training_goes_on_from_a_file(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from foveate.errors import ArtifactError, PassError
 from foveate.files import write_whole
 from foveate.ir.program import ModelInfo
 
+MODULE = "module"
+"""Role of the nodes that a module consists of."""
+
 FORMAT = 1
 KEY = "foveate.modules"
 MODEL = ("family", "layers", "hidden_size")
@@ -55,7 +58,7 @@ class Modules:
                 else:
                     value = torch.full(shape, float(part.endswith("weight")))
                 tensors[f"{layer}.{part}"] = value.to(dtype)
-        return cls(kind, {name: getattr(info, name) for name in MODEL}, before, tensors)
+        return cls(kind, shape_of(info), before, tensors)
 
     def check(self, kind: str, info: ModelInfo, before: tuple[int, ...], shapes: Shapes, where: str) -> None:
         """Raise PassError unless these are modules of that kind, for that model, before those layers."""
@@ -108,3 +111,8 @@ class Modules:
             if not value.is_floating_point() or not bool(value.isfinite().all()):
                 raise ArtifactError(f"modules {path} are damaged: {name} holds values that are no finite numbers")
         return cls(kind, model, before, tensors, trained)
+
+
+def shape_of(info: ModelInfo) -> dict[str, Any]:
+    """What of a model its modules depend on."""
+    return {name: getattr(info, name) for name in MODEL}

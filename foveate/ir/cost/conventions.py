@@ -25,6 +25,7 @@ from foveate.ir.cost.devices import Device
 from foveate.ir.cost.shapes import LayerShape, layer_shapes
 from foveate.ir.cost.sizes import Precision, Sizes
 from foveate.ir.cost.work import Work, node_flops
+from foveate.ir.modules import MODULE
 from foveate.ir.program import Program, info
 from foveate.ir.rewriter import nodes_of
 
@@ -95,7 +96,7 @@ def lvpruning(request: Request) -> dict[str, Work]:
 
 def _module_linears(request: Request) -> int:
     """Linears of the modules that are in the graph, without the two logits of a token, which the paper leaves out."""
-    linears = nodes_of(request.program.prefill, role="module", op=aten.linear.default)
+    linears = nodes_of(request.program.prefill, role=MODULE, op=aten.linear.default)
     return sum(node_flops(n, request.sizes, request.device)[0] for n in linears if request.sizes.shape(n)[-1] > 2)
 
 

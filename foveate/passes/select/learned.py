@@ -22,7 +22,7 @@ from torch import fx, nn
 from foveate import ops
 from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions, looks_at_visual
-from foveate.ir.modules import Modules, Shapes
+from foveate.ir.modules import MODULE, Modules, Shapes
 from foveate.ir.program import ModelInfo, NodeInfo, Program, Stream, info, outputs
 from foveate.ir.rewriter import Rewriter, shape
 from foveate.ir.select import first_of_layer, hidden_into, keep_tokens, live_into, visual_order_at
@@ -31,9 +31,6 @@ from foveate.passes.base import Pass, Skipped
 from foveate.passes.select.selector import check_selection
 
 aten = torch.ops.aten
-
-MODULE = "module"
-"""Role of the nodes of a module."""
 
 
 class Stage:
