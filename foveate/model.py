@@ -17,7 +17,7 @@ from foveate.backends.base import Runner, lower, lower_graph
 from foveate.cache import VisualTextCache
 from foveate.errors import InputError
 from foveate.generation import Generates, NextToken
-from foveate.ir.program import Program
+from foveate.ir.program import Program, outputs
 from foveate.ir.train import derive_train
 from foveate.ir.weights import linear_weights
 from foveate.labels import NO_LABEL, Asked, asked_of, next_labels
@@ -72,6 +72,8 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         """Run decode steps as CUDA graphs from now on (one token a row, no beam search); InputError without a GPU."""
         if wanted and self.device.type != "cuda":
             raise InputError(f"decode steps are captured on a CUDA device; this model is on {self.device}")
+        if wanted and "scores" in outputs(self.program.graphs["decode"]):
+            raise InputError("decode steps that evict keys cannot be captured: each one changes the cache in place")
         self.capture = cuda_graph if wanted else None
         return self
 
@@ -124,12 +126,17 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
     ) -> NextToken:
         inputs, streams = self.prefill_inputs(input_ids, pixel_values, attention_mask, position_ids)
         out = self._run["prefill"](inputs)
+        held = out.get("held", {})
         if use_cache:
             cache = cache if isinstance(cache, VisualTextCache) else VisualTextCache()
             orders = {"visual_order": streams.visual.order, **{f"kept_{n}": o for n, o in out["kept"].items()}}
-            cache.fill(out["kv"], orders, streams.text.order, streams.prefix, input_ids.shape[1], streams.next_position)
+            place = (streams.prefix, input_ids.shape[1], streams.next_position)
+            cache.fill(out["kv"], orders, streams.text.order, *place, held)
         return NextToken(
-            logits=out["logits"], past_key_values=cache if use_cache else None, kept=self._kept(out["kept"], streams)
+            logits=out["logits"],
+            past_key_values=cache if use_cache else None,
+            kept=self._kept(out["kept"], streams),
+            held={int(n): _placed(state[0], streams) for n, state in held.items()} or None,
         )
 
     def _run_train(
@@ -183,12 +190,14 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         """For each layer before which tokens were selected, the places of those that stay; that of CLS is padding."""
         orders = {0: streams.visual.order} if self.program.shortens else {}
         orders |= {int(layer): order for layer, order in chosen.items()}
-        padded = {layer: order == PAD for layer, order in orders.items()}
-        places = {n: streams.origin.gather(1, order.masked_fill(padded[n], 0)) for n, order in orders.items()}
-        return {n: place.masked_fill(padded[n], PAD) for n, place in places.items()} or None
+        return {layer: _placed(order, streams) for layer, order in orders.items()} or None
 
     def _run_decode(self, input_ids: Tensor, cache: VisualTextCache) -> NextToken:
         batch, tokens = input_ids.shape
+        if cache.evicting and tokens > 1:
+            # What a token looks at depends on what left before it.
+            *_, last = (self._run_decode(token, cache) for token in input_ids.split(1, 1))
+            return last
         steps = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
         order = steps + cache.seen
         assert cache.next_position is not None  # a filled cache has it
@@ -203,7 +212,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         else:
             out = self._run["decode"]({**cache.inputs(), **inputs})
             logits = out["logits"]
-            cache.extend(out["kv"], order)
+            cache.extend(out["kv"], order, out.get("scores"))
         return NextToken(logits=logits, past_key_values=cache)
 
     def _images(self, pixel_values: Tensor | None, run: Mapping[str, Runner]) -> Images | None:
@@ -303,6 +312,14 @@ def training_graphs(program: Program) -> dict[str, Runner]:
     """
     graphs = {"vision": program.graphs["vision"], "train": derive_train(program)}
     return {name: lower_graph(program, "eager", name, graph) for name, graph in graphs.items()}
+
+
+def _placed(order: Tensor, streams: Streams) -> Tensor:
+    """The places in the prompt that tokens [B, ..., k] stand for, `PAD` for none."""
+    spare = order == PAD
+    flat = order.masked_fill(spare, 0).flatten(1)
+    found = torch.where(streams.image.gather(1, flat), streams.origin.gather(1, flat), flat)
+    return found.view_as(order).masked_fill(spare, PAD)
 
 
 def _refuse(options: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from foveate.ir.modules import Modules
 from foveate.learn import Learner, learn_modules, learner
 from foveate.models.random import random_inputs, random_llava
 from foveate.ops import PAD
-from foveate.passes import DynamicViT, LVPruning, SmartTrim
+from foveate.passes import DynamicViT, LVPruning, SmartTrim, parse_pipeline
 from foveate.train import Settings, _module_weights
 from tests.oracle.learned import learned_logits, ratio_loss, with_weights
 from tests.passes.test_learned import HIDDEN, ORACLES
@@ -42,9 +42,10 @@ def traced(kv_heads: int) -> tuple[Any, Any]:
     return model, foveate.trace(model)
 
 
-def fresh(selection: Any, kv_heads: int = 2, **settings: Any) -> tuple[Any, Learner]:
+def fresh(selection: Any, kv_heads: int = 2, others: str = "", **settings: Any) -> tuple[Any, Learner]:
     model, program = traced(kv_heads)
-    made = learner(model, [selection], Settings(part="modules", **settings), traced=program)
+    passes = [*parse_pipeline(others), selection]
+    made = learner(model, passes, Settings(part="modules", **settings), traced=program)
     generator = torch.Generator().manual_seed(1)
     for name in made.own:
         value = made.weights.get(name)
@@ -108,9 +109,13 @@ def test_loss_and_gradients_are_those_of_explicit_masks(selection: Any, kv_heads
             assert some > 0 or prompt.get("images") == 0
 
 
-@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: s.name)
-def test_with_the_decisions_of_inference_the_training_form_is_inference(selection: Any) -> None:
-    model, made = fresh(selection, distill=0.0)
+OTHERS = "drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons{keep=0.5},cut-visual{from_layer=3}"
+BEHIND = [*((s, "") for s in SELECTIONS), (LVPruning(layers=(0, 2), ratio=0.6, step=0.35), OTHERS)]
+
+
+@pytest.mark.parametrize(("selection", "others"), BEHIND, ids=lambda x: getattr(x, "name", "others" if x else "alone"))
+def test_with_the_decisions_of_inference_the_training_form_is_inference(selection: Any, others: str) -> None:
+    model, made = fresh(selection, others=others, distill=0.0)
     for prompt in PROMPTS[:3]:
         inputs = random_inputs(model, seed=7, **prompt)
         labels = torch.full_like(inputs["input_ids"], -100)

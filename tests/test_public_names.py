@@ -74,6 +74,8 @@ def test_passes_and_their_options():
         "pyramiddrop": {"layers": (), "keep": 0.5},
         "neighbor-attention": {"metric": "chebyshev", "causal": False, "see_prefix": True, "layers": None},
         "random-prune": {"layer": 2, "keep": 0.5, "seed": 0},
+        "heavy-recent": {"heavy": 0.5, "recent": 0.5},
+        "snapkv": {"capacity": 2048, "window": 32, "kernel": 5, "pooling": "avg"},
     }
     for cls in foveate.passes.PASSES.values():
         assert cls.__name__ in foveate.passes.__all__

@@ -15,7 +15,12 @@ from foveate.errors import InputError
 from foveate.models.random import random_inputs, random_llava
 from foveate.steps import Step
 
-PIPELINES = ("", "recipe:yopo-25", "fastv{layer=1,keep=0.5},drop-visual-heads{keep=1,from_layer=0}")
+PIPELINES = (
+    "",
+    "recipe:yopo-25",
+    "fastv{layer=1,keep=0.5},drop-visual-heads{keep=1,from_layer=0}",
+    "cut-visual{from_layer=2},snapkv{capacity=12,window=4}",
+)
 
 
 class Repeats:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
 
 from foveate import ops
 from foveate.ir.attention import Attention
+from foveate.ir.kv import evicts_in_steps, held_names
 from foveate.ir.program import NodeInfo, Program, info, layer_kv, outputs
 from foveate.ir.rewriter import Rewriter, map_arg
 
@@ -29,6 +29,9 @@ def derive_decode(program: Program) -> fx.Graph:
     Inputs: `text` [B, T, D], `text_position_ids`, `text_order`, `past_order` [B, P], `prefix`; for each layer
     `past_k_<l>`, `past_v_<l>` [B, Hk, P, e] and, where the layer sees the image, `visual_k_<l>`, `visual_v_<l>`;
     `visual_order` and, after a selection before layer l, `kept_<l>`: the orders of the visual tokens still there.
+    Where the prefill evicts keys, `held_k_<l>`, `held_v_<l>` [B, Hk, C, e] and `held_order_<l>` [B, C] are what it left
+    of both streams, and the text cache is that of the answer; or, where steps evict too, what is held by then, and the
+    output `scores` has for each layer what the new token pays to each key and itself, fp32 [B, Hk, C + 1].
     """
     return _Decode(program).run()
 
@@ -43,6 +46,8 @@ class _Decode:
         self.new: dict[fx.Node, fx.Node] = {}
         self.past: dict[fx.Node, fx.Node] = {}
         self.visual: dict[fx.Node, fx.Node] = {}
+        self.held: dict[int, tuple[fx.Node, fx.Node, fx.Node]] = {}
+        self.scores: dict[int, fx.Node] = {}
 
     def run(self) -> fx.Graph:
         self._inputs()
@@ -51,11 +56,12 @@ class _Decode:
             if node not in self.new:
                 self.new[node] = self._attention(node) if node.target == ops.attention else self._text(node)
         kv = [[None, None, *(self.new[n] for n in layer.text)] for layer in self.kv]
-        self.edit.output({"logits": self.new[wanted[0]], "kv": kv})
+        result = {"logits": self.new[wanted[0]], "kv": kv}
+        self.edit.output({**result, "scores": [*self.scores.values()]} if self.scores else result)
         self.edit.sweep()
         for node in self.edit.graph.nodes:
             # An input that nothing reads would only make the caller keep what it stands for.
-            if node.op == "placeholder" and not node.users and node.name.startswith(("visual", "kept")):
+            if node.op == "placeholder" and not node.users and node.name.startswith(("visual", "kept", "past")):
                 self.edit.graph.erase_node(node)
         return self.edit.graph
 
@@ -74,15 +80,30 @@ class _Decode:
         for name, node in self.orders.items():
             self.visual[node] = edit.placeholder(name, node.meta["val"], NodeInfo(-1, "order", "visual"))
         for number, layer in enumerate(self.kv):
-            for letter, node in zip("kv", layer.text, strict=True):
+            for letter, node in zip("kv", () if evicts_in_steps(layer) else layer.text, strict=False):
                 value = node.meta["val"]
                 fake = symbols.tensor(
                     "batch", value.shape[1], "past_tokens", value.shape[3], dtype=value.dtype, device=value.device
                 )
                 self.past[node] = edit.placeholder(f"past_{letter}_{number}", fake, NodeInfo(number, "kv", "text"))
+            if layer.held:
+                continue
             for letter, node in zip("kv", layer.visual or (), strict=False):
                 about = NodeInfo(number, "kv", "visual")
                 self.visual[node] = edit.placeholder(f"visual_{letter}_{number}", node.meta["val"], about)
+
+        for number, name in held_names(self.source).items():
+            self.held[number] = self._held_inputs(number, name, device)
+
+    def _held_inputs(self, number: int, name: str, device: torch.device) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """Keys, values and order of the block that the prefill left of a layer."""
+        edit, symbols, about = self.edit, self.edit.program.symbols, NodeInfo(number, "kv", "joint")
+        value = self.kv[number].text[0].meta["val"]
+        sizes = ("batch", value.shape[1], name, value.shape[3])
+        fake = symbols.tensor(*sizes, dtype=value.dtype, device=value.device)
+        k, v = (edit.placeholder(f"held_{letter}_{number}", fake, about) for letter in "kv")
+        order = symbols.tensor("batch", name, dtype=torch.int64, device=device)
+        return k, v, edit.placeholder(f"held_order_{number}", order, about.with_(role="order"))
 
     def _text(self, node: fx.Node) -> fx.Node:
         return self._copy(node, self.new, self.new.__getitem__)
@@ -101,23 +122,33 @@ class _Decode:
             return memory[node]
         return self._copy(node, memory, lambda n: self._cached(n, memory))
 
+    def _pair(self, key: fx.Node, value: fx.Node, memory: dict[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node]:
+        return self._cached(key, memory), self._cached(value, memory)
+
     def _attention(self, node: fx.Node) -> fx.Node:
-        old = Attention.of(node)
-        new: dict[str, Any] = {"k": [], "v": [], "k_order": []}
-        streams = ""
+        old, layer = Attention.of(node), info(node).layer
+        parts: list[tuple[str, fx.Node, fx.Node, fx.Node]] = []
+        if layer in self.held:
+            # One block stands for both streams of the prompt, and maybe for the text that follows.
+            parts.append(("s", *self.held[layer]))
         for stream, key, value, order in zip(old.keys, old.k, old.v, old.k_order, strict=True):
-            memory = self.visual if stream == "v" else self.past
-            new["k"].append(self._cached(key, memory))
-            new["v"].append(self._cached(value, memory))
-            new["k_order"].append(self.visual[order] if stream == "v" else self.past_order)
+            if stream == "v" and layer not in self.held:
+                parts.append(("v", *self._pair(key, value, self.visual), self.visual[order]))
             if stream == "t":
-                new["k"].append(self.new[key])
-                new["v"].append(self.new[value])
-                new["k_order"].append(self.text_order)
-            streams += stream if stream == "v" else "tt"
+                if not evicts_in_steps(self.kv[layer]):
+                    parts.append(("t", *self._pair(key, value, self.past), self.past_order))
+                parts.append(("t", self.new[key], self.new[value], self.text_order))
+        streams, *values = zip(*parts, strict=True)
+        k, v, k_order = map(list, values)
         q, q_order, prefix = map_arg((old.q, old.q_order, old.prefix), lambda n: self.new[n])
-        step = replace(old, **new, q=q, q_order=q_order, prefix=prefix, layout=f"t:{streams}")
-        return self.edit.call(ops.attention, *step.args, about=info(node).with_(by="decode"))
+        about = info(node).with_(by="decode")
+        if evicts_in_steps(self.kv[layer]):
+            paid = (q[0], k, q_order[0], k_order, old.scale)
+            self.scores[layer] = self.edit.call(ops.attention_sums, *paid, about=about.with_(role="cache"))
+        step = replace(
+            old, k=k, v=v, k_order=k_order, q=q, q_order=q_order, prefix=prefix, layout=f"t:{''.join(streams)}"
+        )
+        return self.edit.call(ops.attention, *step.args, about=about)
 
 
 def _visual_orders(graph: fx.Graph) -> dict[str, fx.Node]:

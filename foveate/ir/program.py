@@ -167,11 +167,13 @@ class Weights(nn.Module):
 class LayerKV:
     """The values of one layer that decoding reads again, keys first: [B, kv heads, tokens, head size] each.
 
-    `visual` is None where no later text looks at visual tokens.
+    `visual` is None where no later text looks at visual tokens. `held` is what a prefill leaves of both, one block,
+    where keys are evicted (`foveate.ir.kv`).
     """
 
     visual: tuple[fx.Node, fx.Node] | None
     text: tuple[fx.Node, fx.Node]
+    held: tuple[fx.Node, fx.Node] | None = None
 
 
 @dataclass(frozen=True)
@@ -274,10 +276,14 @@ def outputs(graph: fx.Graph) -> dict[str, Any]:
 
 
 def layer_kv(graph: fx.Graph) -> list[LayerKV]:
-    """The `kv` output of a prefill graph, layer by layer."""
+    """The `kv` output of a decoder graph, layer by layer: [k, v] of visual and of text, or of a block and None."""
     result = []
     for entry in outputs(graph)["kv"]:
         k_visual, v_visual, k_text, v_text = entry
+        if k_text is None:
+            pairs = list(zip(args_of(k_visual)[0], args_of(v_visual)[0], strict=True))
+            result.append(LayerKV(pairs[0] if len(pairs) > 1 else None, pairs[-1], (k_visual, v_visual)))
+            continue
         visual = None if k_visual is None else (k_visual, v_visual)
         result.append(LayerKV(visual, (k_text, v_text)))
     return result

@@ -27,15 +27,16 @@ Rule = Callable[[Program, str, fx.Graph], Complaints]
 INPUTS = {
     "vision": r"pixel_values|patch_positions|cu_seqlens",
     "prefill": r"visual|text|(visual|text)_(position_ids|order)|visual_coords|grids|prefix",
-    "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+",
+    "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+"
+    r"|held_(k|v|order)_\d+",
 }
 """What the inputs of each graph may be called."""
 
 OUTPUTS = {"vision": {"out"}, "prefill": {"logits", "kv", "kept"}, "decode": {"logits", "kv"}}
 """What each graph returns."""
 
-BESIDES = {"vision": {"source", "count"}, "prefill": {"statistics"}}
-"""What a graph may return besides; see `foveate.ir.vision` and `foveate.ir.observe`."""
+BESIDES = {"vision": {"source", "count"}, "prefill": {"statistics", "held"}, "decode": {"scores"}}
+"""What a graph may return besides; see `foveate.ir.vision`, `foveate.ir.observe` and `foveate.ir.kv`."""
 
 
 def interface(program: Program, name: str, graph: fx.Graph) -> Complaints:
@@ -51,8 +52,13 @@ def interface(program: Program, name: str, graph: fx.Graph) -> Complaints:
         yield end, "does not return a value"
     elif not isinstance(result.get("kept", {}), dict) or not all(str(k).isdigit() for k in result.get("kept", {})):
         yield end, "has kept tokens that are not by layer"
-    elif not all(isinstance(e, (list, tuple)) and len(e) == 4 and all(e[2:]) for e in result.get("kv", ())):
+    elif not all(map(_four, result.get("kv", ()))):
         yield end, "has keys and values that are not four a layer"
+
+
+def _four(entry: object) -> bool:
+    """Keys and values of text, maybe of the image before them; or those of one block of both."""
+    return isinstance(entry, (list, tuple)) and len(entry) == 4 and bool(all(entry[2:]) or all(entry[:2]))
 
 
 def made_before_use(program: Program, name: str, graph: fx.Graph) -> Complaints:
@@ -132,7 +138,7 @@ def kv_complete(program: Program, name: str, graph: fx.Graph) -> Complaints:
     if len(entries) != program.info.layers:
         yield graph.output_node(), f"returns {len(entries)} layers of keys and values, not {program.info.layers}"
     for layer in entries:
-        for pair in (layer.text, layer.visual):
+        for pair in (layer.text, layer.visual, layer.held):
             if pair and any(x.meta["val"].dim() != 4 for x in pair):
                 yield pair[0], "keys and values are not [batch, heads, tokens, head size]"
             elif pair and pair[0].meta["val"].shape != pair[1].meta["val"].shape:

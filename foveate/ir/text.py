@@ -101,7 +101,8 @@ def _size(size: Any, names: dict[Any, str]) -> str:
     for symbol, name in names.items():
         text = text.replace(str(symbol), name) if symbol in expression.free_symbols else text
     # torch's own functions, as a reader would write them.
-    return re.sub(r"ToFloat\((\w+)\)", r"\1", text).replace("FloorToInt(", "floor(")
+    text = re.sub(r"ToFloat\((\w+)\)", r"\1", text).replace("ToFloat(", "(")
+    return text.replace("FloorToInt(", "floor(").replace("CeilToInt(", "ceil(")
 
 
 def node_text(node: fx.Node) -> str:

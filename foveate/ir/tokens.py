@@ -219,7 +219,7 @@ def _selection(node: fx.Node, axes: Axes) -> int | None:
 
 
 def _counted(node: fx.Node, axes: Axes) -> int | None:
-    """Statistics of all tokens; no value that a token is made from depends on them."""
+    """Of all tokens together; no value that a token is made from depends on it."""
     return None
 
 
@@ -272,6 +272,12 @@ RULES: dict[Any, Rule] = {
     ops.mean_token: _counted,
     ops.decide: _selection,
     ops.weighted_attention: _attention,
+    ops.attention_sums: _counted,
+    ops.neighbor_sums: _counted,
+    ops.snapkv_tokens: _counted,
+    ops.heavy_tokens: _counted,
+    ops.take_keys: _counted,
+    ops.window_tokens: _selection,
     ops.attention_statistics: _counted,
     ops.activity: _counted,
     ops.divergence: _counted,

@@ -57,7 +57,7 @@ def derive_train(program: Program) -> fx.Graph:
             # The queries are no longer the last of the prompt in a row, which `prefix` would promise.
             node.args = replace(scattered, prefix=-1).args
     result: dict[str, Any] = outputs(graph)
-    edit.output({name: value for name, value in result.items() if name != "kv"})
+    edit.output({name: value for name, value in result.items() if name not in ("kv", "held")})
     edit.sweep()
     edit.refresh()
     return graph

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, guided, learned, linear, merging, scores, statistics, tokens
+from foveate.kernels import attention, counting, guided, kv, learned, linear, merging, scores, statistics, tokens
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import constant, differentiable
 from foveate.kernels.neighbor import dispatch
@@ -42,6 +42,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mean_token": learned.mean_token,
     "decide": learned.decide,
     "weighted_attention": learned.weighted_attention,
+    "attention_sums": kv.attention_sums,
+    "neighbor_sums": kv.neighbor_sums,
+    "window_tokens": kv.window_tokens,
+    "snapkv_tokens": kv.snapkv_tokens,
+    "heavy_tokens": kv.heavy_tokens,
+    "take_keys": kv.take_keys,
     "attention_statistics": statistics.attention_statistics,
     "activity": statistics.activity,
     "divergence": statistics.divergence,
@@ -78,7 +84,7 @@ differentiable("weighted_attention", learned.weighted_attention, learned.weighte
 
 FOLLOW_AUTOCAST = (
     *("attention", "linear", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row"),
-    *("cross_attention", "weighted_attention"),
+    *("cross_attention", "weighted_attention", "attention_sums", "neighbor_sums"),
 )
 
 for _name in FOLLOW_AUTOCAST:

@@ -116,6 +116,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "encoder_attention": _encoder_attention,
     "varlen_attention": _varlen_attention,
     "attention_row": _row,
+    "attention_sums": _row,
+    "neighbor_sums": _row,
     "diverse_scores": _diverse,
     "distinct_scores": _distinct,
     "visionzip": _visionzip,

@@ -16,6 +16,15 @@ from foveate.ops.core import (
     varlen_attention,
 )
 from foveate.ops.guided import cluster_count, dart_scores, merge_tokens, rater_scores, raters, recycle_tokens
+from foveate.ops.kv import (
+    attention_sums,
+    heavy_recent_count,
+    heavy_tokens,
+    neighbor_sums,
+    snapkv_tokens,
+    take_keys,
+    window_tokens,
+)
 from foveate.ops.learned import cross_attention, decide, mean_token, weighted_attention
 from foveate.ops.library import BLOCK, FEW_QUERIES, LIBRARY, PAD
 from foveate.ops.selection import attention_row, grid_scores, places, random_scores, take_tokens, top_tokens
@@ -33,6 +42,7 @@ __all__ = [
     "attention_pairs",
     "attention_row",
     "attention_statistics",
+    "attention_sums",
     "cluster_count",
     "cross_attention",
     "dart_scores",
@@ -43,10 +53,13 @@ __all__ = [
     "diverse_scores",
     "encoder_attention",
     "grid_scores",
+    "heavy_recent_count",
+    "heavy_tokens",
     "linear",
     "mean_token",
     "merge_tokens",
     "neighbor_attention",
+    "neighbor_sums",
     "places",
     "prumerge",
     "random_scores",
@@ -54,9 +67,12 @@ __all__ = [
     "raters",
     "recycle_tokens",
     "residual",
+    "snapkv_tokens",
+    "take_keys",
     "take_tokens",
     "top_tokens",
     "varlen_attention",
     "visionzip",
     "weighted_attention",
+    "window_tokens",
 ]

@@ -14,7 +14,7 @@ from torch import fx
 
 from foveate.errors import PassError
 from foveate.ir.attention import attentions, looks_at_visual
-from foveate.ir.program import PassRecord, Program, info
+from foveate.ir.program import PassRecord, Program, info, outputs
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.statistics import Statistics
 
@@ -45,6 +45,8 @@ class Pass(ABC):
 
     def apply(self, program: Program, calibration: Statistics | None = None) -> PassRecord:
         """Run the pass on a program, in place, and say what it did; calibration: of the model, for passes that ask."""
+        if self.graph == "prefill" and "held" in outputs(program.prefill):
+            raise PassError(f"{self.name}: keys are evicted from the cache already; put the pass that does so last")
         edit = Rewriter(program, program.graphs[self.graph], by=self.name, statistics=calibration)
         try:
             notes = tuple(self.rewrite(edit))

@@ -19,7 +19,7 @@ from foveate.ir.decode import derive_decode
 from foveate.ir.program import Program
 from foveate.ir.rules import verify
 from foveate.ir.statistics import Statistics
-from foveate.passes import select
+from foveate.passes import kv, select
 from foveate.passes.base import Pass
 from foveate.passes.cut_visual import CutVisual
 from foveate.passes.drop_visual_heads import DropVisualHeads
@@ -27,7 +27,7 @@ from foveate.passes.drop_visual_neurons import DropVisualNeurons
 from foveate.passes.neighbor_attention import NeighborAttention
 
 ALL: list[type[Pass]] = [CutVisual, DropVisualHeads, DropVisualNeurons, NeighborAttention]
-ALL += [getattr(select, name) for name in select.__all__]
+ALL += [getattr(family, name) for family in (select, kv) for name in family.__all__]
 PASSES = {cls.name: cls for cls in sorted(ALL, key=lambda cls: cls.name)}
 """Every pass by name."""
 

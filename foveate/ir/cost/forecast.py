@@ -12,13 +12,15 @@ from typing import Any
 
 from torch import fx
 
+from foveate import ops
 from foveate.errors import InputError
 from foveate.ir.cost.conventions import CONVENTIONS, TIMED, Request
 from foveate.ir.cost.devices import Device, device_of
 from foveate.ir.cost.sizes import Precision, Sizes
 from foveate.ir.cost.work import VIEWS, Meter, Work, base_of
 from foveate.ir.join import join
-from foveate.ir.program import Program, info, layer_kv
+from foveate.ir.kv import evicts_in_steps, held_names
+from foveate.ir.program import LayerKV, Program, args_of, info, layer_kv
 
 BY = ("layer", "role", "stream")
 
@@ -167,11 +169,13 @@ class Forecast:
             # Text between several images leaves attention no structure to use.
             "prefix": prefix if images <= 1 else -1,
         }
+        first = Sizes(program, {**base, "text_tokens": text_tokens})
+        cached = cached_tokens(program, first, past)
         return cls(
             program,
             sizes=(
-                Sizes(program, {**base, "text_tokens": text_tokens}),
-                Sizes(program, {**base, "text_tokens": 1, "past_tokens": past}),
+                first,
+                Sizes(program, {**base, "text_tokens": 1, **cached}),
                 Sizes(program, {**base, "text_tokens": text_tokens + new_tokens}),
             ),
             counted={"visual_tokens": visual, "text_tokens": text_tokens, "batch": batch},
@@ -238,8 +242,15 @@ class Forecast:
 
     def kv_bytes(self) -> int:
         """Bytes of all layers' keys and values after the whole answer."""
-        nodes = [n for layer in layer_kv(self.program.prefill) for n in (*layer.text, *(layer.visual or ()))]
-        return sum(self.last.numel(n) for n in nodes) * self.precision.kv_bits // 8
+        total = 0
+        for layer in layer_kv(self.program.prefill):
+            if layer.held:
+                answer = self.last.names["text_tokens"] - self.first.names["text_tokens"]
+                held = held_tokens(layer, self.first, answer)
+                total += sum(b * h * held * e for b, h, _, e in map(self.first.shape, layer.held))
+            else:
+                total += sum(self.last.numel(n) for n in (*layer.text, *(layer.visual or ())))
+        return total * self.precision.kv_bits // 8
 
     def peak_bytes(self, graph: fx.Graph, sizes: Sizes) -> int:
         """Most bytes of values alive at once in a run, each freed after its last use; weights not counted."""
@@ -255,6 +266,30 @@ class Forecast:
             peak = max(peak, alive)
             alive -= sum(meter.nbytes(n) for n in dying.get(node, ()) if n.op != "get_attr" and n.target not in VIEWS)
         return peak
+
+
+def held_tokens(layer: LayerKV, prompt: Sizes, answer: int) -> int:
+    """Tokens in the cache of a layer whose keys are evicted, `answer` tokens behind the prompt."""
+    assert layer.held is not None  # such layers only are asked for
+    chosen = args_of(args_of(layer.held[0])[1])[0]
+    held = prompt.shape(layer.held[0])[2]
+    if not evicts_in_steps(layer):
+        return held + answer
+    sums, _, heavy, recent = args_of(chosen)
+    tokens = prompt.shape(sums)[2]
+    return min(tokens + answer, int(ops.heavy_recent_count(tokens, heavy, recent)))
+
+
+def cached_tokens(program: Program, prompt: Sizes, past: int) -> dict[str, int]:
+    """Sizes of the cache when a decode step has `past` text tokens behind it; prompt: the sizes at the prefill."""
+    names, layers = held_names(program.prefill), layer_kv(program.prefill)
+    if not names:
+        return {"past_tokens": past}
+    answer = max(0, past - prompt.names["text_tokens"])
+    held = {
+        name: held_tokens(layers[n], prompt, answer if evicts_in_steps(layers[n]) else 0) for n, name in names.items()
+    }
+    return {**held, "past_tokens": answer}
 
 
 def _shares(node: fx.Node, sizes: Sizes, blind: Sizes) -> dict[str, float]:

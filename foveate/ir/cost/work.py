@@ -288,6 +288,8 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.encoder_attention: _encoder_attention,
     ops.varlen_attention: _varlen_attention,
     ops.attention_row: _row,
+    ops.attention_sums: _row,
+    ops.neighbor_sums: _row,
     ops.diverse_scores: _diverse,
     ops.distinct_scores: _distinct,
     ops.visionzip: _visionzip,

@@ -199,7 +199,8 @@ def _results(returns: dict[str, Any], last: int) -> dict[int, list[list[str]]]:
     for row in returns.get("kv", ()):
         first, end = row["layers"]
         values = row["values"]
-        parts = {"visual": values[:2], "text": values[2:]} if len(values) == 4 else {"layer": values}
+        pairs = {"visual": values[:2], "text": values[2:]} if any(values[2:]) else {"evicted": values[:2]}
+        parts = pairs if len(values) == 4 else {"layer": values}
         for number in range(first, end + 1):
             for stream, part in parts.items():
                 if any(part):

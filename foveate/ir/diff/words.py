@@ -166,6 +166,8 @@ def _op(node: Node) -> str:
 
 def _words_for_result(node: Node, there: bool) -> str:
     name = node.name.removeprefix(RETURN)
+    if name == "kv_evicted":
+        return f"one block of both streams' keys and values {'cached' if there else 'no longer cached'}"
     if name in ("kv_visual", "kv_text"):
         return f"{name.removeprefix('kv_')} keys and values {'cached' if there else 'no longer cached'}"
     return f"returns {name}" if there else f"no longer returns {name}"

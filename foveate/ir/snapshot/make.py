@@ -112,12 +112,12 @@ def _parts(forecast: Forecast) -> dict[str, list[dict[str, Any]]]:
 
 
 def _kv(program: Program) -> list[dict[str, Any]]:
-    """What each layer caches: the keys' type and shape, which are the values' too."""
+    """What each layer caches: the keys' type and shape, which are the values' too; a block of both streams as text."""
     sizes = program.symbols.names()
     layers = {
         number: {
-            "visual": None if layer.visual is None else value_text(layer.visual[0], sizes),
-            "text": value_text(layer.text[0], sizes),
+            "visual": None if layer.visual is None or layer.held else value_text(layer.visual[0], sizes),
+            "text": value_text((layer.held or layer.text)[0], sizes),
         }
         for number, layer in enumerate(layer_kv(program.prefill))
     }
