@@ -1,7 +1,7 @@
 """Saved programs: a flat folder of JSON, text and safetensors. Nothing in it is executed or unpickled.
 
     foveate.json            format, versions, what was pruned, sha256 of every other file
-    program.txt             the vision and prefill graphs (`foveate.ir.text`); decode is derived from them
+    program.txt             the tower's and the prefill graph (`foveate.ir.text`); decode is derived from them
     model.safetensors       every weight that a graph uses, once
     config.json  generation_config.json     as transformers writes them
 
@@ -100,7 +100,7 @@ def _write(model: OptimizedModel, work: Path, state: Mapping[str, Tensor] | None
     tensors = {name: state[OWN + name].detach().contiguous() for name in program.weights.names if name in used}
     save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
     (work / "model.safetensors").chmod(0o644)  # safetensors writes 0600; the other files are readable too
-    text = "\n".join(program.to_text(name) for name in ("vision", "prefill"))
+    text = "\n".join(program.to_text(name) for name in program.graphs if name != "decode")
     (work / "program.txt").write_text(text, encoding="utf-8")
     config = {**model.config.to_dict(), "model_type": model.config.model_type}
     (work / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
@@ -138,8 +138,8 @@ def load(folder: Path, backend: str, device: str) -> OptimizedModel:
     program = Program(info, weights, Symbols(), passes=records)
     with _reading(folder / "program.txt"):
         program.graphs = parse_graphs(program, (folder / "program.txt").read_text(encoding="utf-8"))
-        if set(program.graphs) != {"vision", "prefill"}:
-            raise ValueError("it must hold the graphs vision and prefill")
+        if set(program.graphs) - {"vision_rest"} != {"vision", "prefill"}:
+            raise ValueError("it must hold the graphs vision and prefill, and may hold vision_rest")
         verify(program)
         program.graphs["decode"] = derive_decode(program)
         verify(program)

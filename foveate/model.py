@@ -226,6 +226,9 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
                 f"{', '.join(map(str, expected))}]"
             )
         out = run["vision"]({"pixel_values": pixel_values.to(self.dtype)})
+        if "vision_rest" in run:
+            left = out["source"][:, : int(out["count"].max())]
+            out = run["vision_rest"]({"hidden": out["out"], "places": left, "count": out["count"]})
         return Images(out["out"], out.get("source"), out.get("count"))
 
     def _inputs(self, input_ids: Tensor, streams: Streams, images: Images | None) -> dict[str, Tensor | int]:
@@ -310,7 +313,7 @@ def training_graphs(program: Program) -> dict[str, Runner]:
 
     Compiled backward graphs do not hold for every size of prompt yet.
     """
-    graphs = {"vision": program.graphs["vision"], "train": derive_train(program)}
+    graphs = {**program.tower, "train": derive_train(program)}
     return {name: lower_graph(program, "eager", name, graph) for name, graph in graphs.items()}
 
 

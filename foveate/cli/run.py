@@ -18,7 +18,8 @@ from foveate.cli.output import talking
 @click.option("--prompt", required=True, help='A question; or a whole prompt with "<image>" for each image.')
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Longest answer.")
 @click.option("--passes", "-p", metavar="P", help="Optimize MODEL with these passes first, instead of loading DIR.")
-@click.option("--kept", "picture", metavar="X.png", help="Draw which patches stay: a row an image, a column a layer.")
+@click.option("--kept", metavar="X.png", help="Draw which patches stay: a row an image, a column a layer.")
+@click.option("--curve", metavar="X.png", help="Draw what cls-curve cuts: each image's patches by likeness to CLS.")
 @backend_option
 @json_option
 def command(
@@ -27,7 +28,8 @@ def command(
     prompt: str,
     max_new_tokens: int,
     passes: str | None,
-    picture: str | None,
+    kept: str | None,
+    curve: str | None,
     backend: str,
     as_json: bool,
 ) -> None:
@@ -36,19 +38,24 @@ def command(
     DIR is a folder made by `foveate optimize`, or any MODEL.
     """
     from foveate.cli.folders import check_file
+    from foveate.cli.pictures import draw_curve, draw_kept
     from foveate.cli.prompts import encode, full_prompt
     from foveate.examples import open_image
+    from foveate.report.plot import check_matplotlib
 
     with talking(as_json) as out:
-        path = None if picture is None else check_file(picture, ".png")
+        kept_file, curve_file = (None if name is None else check_file(name, ".png") for name in (kept, curve))
+        if curve_file is not None:
+            check_matplotlib()
         pictures = [open_image(Path(name).expanduser()) for name in images]
         processor, get_model = _find(model, passes, backend)
         text = full_prompt(processor, prompt, len(pictures))
         optimized = get_model()
         inputs = encode(optimized, processor, text, pictures, max_new_tokens)
+        curves = None if curve_file is None else draw_curve(optimized, inputs, curve_file)
         answer = _generate(optimized, processor, inputs, max_new_tokens)
-        if path is not None:
-            _draw(optimized, processor, inputs, answer["kept"], path)
+        if kept_file is not None:
+            draw_kept(optimized, processor, inputs, answer["kept"], kept_file)
         out.line(answer["answer"])
         for layer, places in (answer["kept"] or {}).items():
             out.note(f"before layer {layer}: {len(places)} of {answer['visual_tokens']} visual tokens stay")
@@ -58,6 +65,7 @@ def command(
                 "prompt": text,
                 "passes": [r.text for r in optimized.program.passes],
                 "backend": backend,
+                **({} if curves is None else {"curves": curves}),
             }
         )
 
@@ -77,24 +85,6 @@ def _find(model: str, passes: str | None, backend: str) -> tuple[Any, Callable[[
     import foveate
 
     return loaded.get_processor(), lambda: foveate.optimize(loaded.model, chosen, backend=backend)
-
-
-def _draw(model: Any, processor: Any, inputs: dict[str, Any], kept: dict[str, list[int]] | None, path: Path) -> None:
-    """Write the picture of what stays."""
-    from foveate.cli.errors import UseError
-    from foveate.files import write_whole
-    from foveate.report.kept import kept_mask
-    from foveate.report.picture import kept_sheet, png_bytes, seen_image
-
-    if not kept or "pixel_values" not in inputs:
-        raise UseError("--kept draws what a selection keeps of images: give an image, and passes that select")
-    images = [seen_image(pixels, processor.image_processor) for pixels in inputs["pixel_values"]]
-    about, ids = model.program.info, inputs["input_ids"][0]
-    masks = {
-        int(layer): [kept_mask(about, ids, places, image) for image in range(len(images))]
-        for layer, places in kept.items()
-    }
-    write_whole(path, png_bytes(kept_sheet(images, about.grid, masks)))
 
 
 def _generate(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:

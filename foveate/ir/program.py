@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from foveate.ir.symbols import Symbols as Symbols  # a part of a program, so it is found here too
 
 Stream = Literal["visual", "text", "joint", "none"]
-GRAPHS = ("vision", "prefill", "decode")
+TOWER = ("vision", "vision_rest")
+"""Graphs from pixels to visual embeddings; the second one is there where a pass cuts the tower in two."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,11 @@ class PassRecord:
 
 @dataclass
 class Program:
-    """Graphs by name (`vision`, `prefill`, `decode`), their weights, and the passes that made them what they are."""
+    """Graphs by name, their weights, and the passes that made them what they are.
+
+    `vision`, `prefill` and `decode`; where the number of tokens inside the tower depends on the image, `vision` ends
+    with the choice and `vision_rest` goes on with as many as are left (`foveate.ir.tower_layers`).
+    """
 
     info: ModelInfo
     weights: Weights
@@ -220,8 +225,15 @@ class Program:
     @property
     def tokens_left(self) -> int:
         """How many visual tokens the vision graph makes of an image, at most."""
-        out: Tensor = outputs(self.graphs["vision"])["out"].meta["val"]
-        return int(out.shape[1]) if self.shortens else self.info.tokens_per_image
+        if not self.shortens:
+            return self.info.tokens_per_image
+        source: Tensor = outputs(self.graphs["vision"])["source"].meta["val"]
+        return int(source.shape[1])
+
+    @property
+    def tower(self) -> dict[str, fx.Graph]:
+        """The graphs from pixels to visual embeddings, in the order in which they run."""
+        return {name: self.graphs[name] for name in TOWER if name in self.graphs}
 
     @property
     def dtype(self) -> torch.dtype:

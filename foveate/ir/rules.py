@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from foveate.errors import TraceError, VerifyError
 from foveate.ir.attention import Attention, attentions, taken_apart
-from foveate.ir.program import NodeInfo, Program, args_of, layer_kv, outputs
+from foveate.ir.program import TOWER, NodeInfo, Program, args_of, layer_kv, outputs
 from foveate.ir.rewriter import shape
 from foveate.ir.select import token_inputs
 from foveate.ir.text import OPS
@@ -26,16 +26,22 @@ Rule = Callable[[Program, str, fx.Graph], Complaints]
 
 INPUTS = {
     "vision": r"pixel_values|patch_positions|cu_seqlens",
+    "vision_rest": r"hidden|places|count",
     "prefill": r"visual|text|(visual|text)_(position_ids|order)|visual_coords|grids|prefix",
     "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+"
     r"|held_(k|v|order)_\d+",
 }
 """What the inputs of each graph may be called."""
 
-OUTPUTS = {"vision": {"out"}, "prefill": {"logits", "kv", "kept"}, "decode": {"logits", "kv"}}
+OUTPUTS = {"vision": {"out"}, "vision_rest": {"out"}, "prefill": {"logits", "kv", "kept"}, "decode": {"logits", "kv"}}
 """What each graph returns."""
 
-BESIDES = {"vision": {"source", "count"}, "prefill": {"statistics", "held"}, "decode": {"scores"}}
+BESIDES = {
+    "vision": {"source", "count"},
+    "vision_rest": {"source", "count"},
+    "prefill": {"statistics", "held"},
+    "decode": {"scores"},
+}
 """What a graph may return besides; see `foveate.ir.vision`, `foveate.ir.observe` and `foveate.ir.kv`."""
 
 
@@ -132,7 +138,7 @@ def attention_fits(program: Program, name: str, graph: fx.Graph) -> Complaints:
 
 def kv_complete(program: Program, name: str, graph: fx.Graph) -> Complaints:
     """Prefill and decode return keys and values of every layer, 4-D, keys as long as values."""
-    if name == "vision":
+    if name in TOWER:
         return
     entries = layer_kv(graph)
     if len(entries) != program.info.layers:
@@ -147,7 +153,7 @@ def kv_complete(program: Program, name: str, graph: fx.Graph) -> Complaints:
 
 def returns_logits(program: Program, name: str, graph: fx.Graph) -> Complaints:
     """Decoder graphs return logits [batch, 1, vocabulary] of a floating type."""
-    if name == "vision":
+    if name in TOWER:
         return
     logits = outputs(graph)["logits"]
     value: Tensor = logits.meta["val"]

@@ -48,6 +48,14 @@ _VISION = (
     ops.distinct_scores,
     ops.visionzip,
     ops.prumerge,
+    ops.tome,
+    ops.join_tokens,
+    ops.received,
+    ops.crossget,
+    ops.cls_curve,
+    aten.detach.default,
+    ops.padded_keys,
+    aten.log.default,
     aten._upsample_bilinear2d_aa.default,
 )
 OPS: dict[str, Any] = {str(op): op for op in (*RULES, *_VISION) if op is not operator.getitem}

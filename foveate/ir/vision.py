@@ -25,7 +25,9 @@ aten = torch.ops.aten
 class Tower:
     """The parts of a vision graph that selections look at, and what they do to it.
 
-    projected: whether tokens are selected behind the projector, not before it. New nodes belong in front of `end`.
+    whole: whether it still gives all of an image's tokens. merged_by: the pass that merges tokens inside the tower, if
+    one does. projected: whether tokens are selected behind the projector, not before it. New nodes belong in front of
+    `end`.
     Raises PassError for a family whose tower is not known, and where an image's number of tokens already depends on it.
     """
 
@@ -33,6 +35,12 @@ class Tower:
         about = edit.program.info
         if about.family != "llava":
             raise PassError(f"{name}: visual tokens cannot be selected in the vision tower of {about.family} yet")
+        if "vision_rest" in edit.program.graphs:
+            cut_by = info(outputs(edit.graph)["count"]).by
+            raise PassError(
+                f"{name}: {cut_by} leaves as many tokens inside the vision tower as the image says, and {name} cannot "
+                "select from those; use one of the two"
+            )
         if "count" in outputs(edit.graph):
             raise PassError(f"{name}: an image's number of tokens already depends on the image; put {name} before that")
         self.edit = edit
@@ -42,6 +50,7 @@ class Tower:
         linears = (n for n in edit.graph.nodes if n.target == aten.linear.default and info(n).layer >= self.layers)
         self.end = edit.graph.output_node() if projected else next(linears)
         self.whole = "source" not in outputs(edit.graph)
+        self.merged_by = next((info(n).by for n in edit.graph.nodes if n.target == ops.join_tokens), "")
 
     @property
     def tokens(self) -> fx.Node:
@@ -59,6 +68,11 @@ class Tower:
 
     def check_whole(self) -> None:
         """Raise PassError where tokens were selected or merged before."""
+        if self.merged_by:
+            raise PassError(
+                f"{self.name}: {self.merged_by} merges tokens inside the vision tower, and {self.name} takes all that "
+                "an image has; use one of the two"
+            )
         if not self.whole:
             raise PassError(f"{self.name}: the vision tower already selects visual tokens; put {self.name} before that")
 
@@ -70,10 +84,19 @@ class Tower:
 
     def heads(self) -> tuple[fx.Node, fx.Node, float]:
         """Queries and keys [I, H, 1 + N, e] of the last layer that the features come from, and the scale."""
+        self.check_attends()
+        if self.merged_by:
+            raise PassError(
+                f"{self.name}: {self.merged_by} merges tokens inside the vision tower, behind the attention that "
+                f"{self.name} looks at; divprune selects from what is merged"
+            )
+        query, key, _, scale = args_of(self.attentions[-1])[:4]
+        return query, key, scale
+
+    def check_attends(self) -> None:
+        """Raise PassError where the features come from no layer."""
         if not self.attentions:
             raise PassError(f"{self.name}: the features come from no layer of the tower, so there is no attention")
-        query, key, _, scale = args_of(self.attentions[-1])
-        return query, key, scale
 
     def next_layer(self) -> tuple[fx.Node, fx.Node, float]:
         """The CLS token's query [I, 1, C] and all keys [I, 1 + N, C] in the layer behind the features, and the scale.

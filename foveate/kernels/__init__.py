@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, guided, kv, learned, linear, merging, scores, statistics, tokens
+from foveate.kernels import attention, counting, guided, kv, learned, linear, merging, scores, statistics, tokens, tower
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import constant, differentiable
 from foveate.kernels.neighbor import dispatch
@@ -48,6 +48,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "snapkv_tokens": kv.snapkv_tokens,
     "heavy_tokens": kv.heavy_tokens,
     "take_keys": kv.take_keys,
+    "tome": tower.tome,
+    "join_tokens": tower.join_tokens,
+    "received": tower.received,
+    "crossget": tower.crossget,
+    "cls_curve": tower.cls_curve,
+    "padded_keys": tower.padded_keys,
     "attention_statistics": statistics.attention_statistics,
     "activity": statistics.activity,
     "divergence": statistics.divergence,
@@ -67,6 +73,7 @@ DIFFERENTIABLE = (
     "attention_row",
     "take_tokens",
     "merge_tokens",
+    "join_tokens",
     "prumerge",
     "cross_attention",
     "mean_token",

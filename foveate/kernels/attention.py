@@ -44,9 +44,11 @@ def attention(
     return torch.cat(outs, 2).transpose(1, 2).contiguous()
 
 
-def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """`foveate::encoder_attention`; shapes as in `foveate.ops`."""
-    return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+    # A mask that wants a gradient would take torch's way by a matrix of all pairs.
+    mask = None if bias is None else bias.detach()[:, None, None, :].to(q.dtype)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:

@@ -104,6 +104,25 @@ def _weighted_attention(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> 
     return 4 * q.numel() * sum(x.shape[2] for x in k)
 
 
+def _tome(keys: Tensor, *rest: Any, **also: Any) -> int:
+    images, _, n, width = keys.shape
+    return 2 * images * width * (n // 2) * (n - n // 2)
+
+
+def _received(q: Tensor, *rest: Any, **also: Any) -> int:
+    return 2 * q.numel() * q.shape[2]
+
+
+def _crossget(keys: Tensor, *rest: Any, **also: Any) -> int:
+    images, _, n, width = keys.shape
+    return 6 * images * width * n * n
+
+
+def _cls_curve(x: Tensor, *rest: Any, **also: Any) -> int:
+    images, n, width = x.shape
+    return 2 * images * (n - 1) * width
+
+
 def linear(x: Tensor, weight: Tensor, *rest: Any, **also: Any) -> int:
     """Of a linear, oneDNN's too, which `torch.utils.flop_counter` does not know."""
     return 2 * x.numel() * weight.shape[0]
@@ -128,5 +147,9 @@ FLOPS: dict[str, Callable[..., int]] = {
     "cross_attention": _cross_attention,
     "mean_token": _mean,
     "weighted_attention": _weighted_attention,
+    "tome": _tome,
+    "received": _received,
+    "crossget": _crossget,
+    "cls_curve": _cls_curve,
 }
 """Op -> rule; rules take the op's own arguments."""

@@ -29,6 +29,7 @@ from foveate.ops.learned import cross_attention, decide, mean_token, weighted_at
 from foveate.ops.library import BLOCK, FEW_QUERIES, LIBRARY, PAD
 from foveate.ops.selection import attention_row, grid_scores, places, random_scores, take_tokens, top_tokens
 from foveate.ops.statistics import activity, attention_statistics, divergence
+from foveate.ops.tower import cls_curve, crossget, join_tokens, padded_keys, received, tome
 from foveate.ops.vision import ROUND, distinct_pairs, distinct_scores, diverse_scores, prumerge, visionzip
 
 __all__ = [
@@ -43,8 +44,10 @@ __all__ = [
     "attention_row",
     "attention_statistics",
     "attention_sums",
+    "cls_curve",
     "cluster_count",
     "cross_attention",
+    "crossget",
     "dart_scores",
     "decide",
     "distinct_pairs",
@@ -55,21 +58,25 @@ __all__ = [
     "grid_scores",
     "heavy_recent_count",
     "heavy_tokens",
+    "join_tokens",
     "linear",
     "mean_token",
     "merge_tokens",
     "neighbor_attention",
     "neighbor_sums",
+    "padded_keys",
     "places",
     "prumerge",
     "random_scores",
     "rater_scores",
     "raters",
+    "received",
     "recycle_tokens",
     "residual",
     "snapkv_tokens",
     "take_keys",
     "take_tokens",
+    "tome",
     "top_tokens",
     "varlen_attention",
     "visionzip",

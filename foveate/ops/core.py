@@ -89,13 +89,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-LIBRARY.define("encoder_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+LIBRARY.define("encoder_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias=None) -> Tensor")
 encoder_attention = torch.ops.foveate.encoder_attention.default
-"""Attention without a mask, as vision towers do it: q, k, v [B, H, n, e] -> [B, n, H, e]."""
+"""Attention of all tokens on all, as vision towers do it: q, k, v [B, H, n, e] -> [B, n, H, e].
+
+bias: fp32 [B, n], added to every logit of a key: the log of how many tokens it stands for, or -inf for padding. It is
+a constant: no gradient flows to it."""
 
 
 @fake("encoder_attention")
-def _encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 

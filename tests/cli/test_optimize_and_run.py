@@ -52,6 +52,19 @@ def test_for_people_the_answer_is_all_of_stdout(run: Run, saved: Path, image: Pa
     assert "before layer 1: 72 of 144 visual tokens stay" in result.stderr
 
 
+def test_the_curve_of_an_image_is_drawn(run: Run, folder: Path, saved: Path, image: Path, tmp_path: Path) -> None:
+    curve = tmp_path / "curve.png"
+    told = ask(run, folder, [image], QUESTION, "-p", "cls-curve{layer=0}", "--curve", curve, "--json")
+    (shown,) = json.loads(told.stdout)["curves"]
+    assert len(shown["likeness"]) == 144 and 1 <= shown["turn"] <= shown["kept"] <= 144
+    with Image.open(curve) as picture:
+        assert picture.format == "PNG"
+    for model, images, message in ((saved, [image], "hold no cls-curve"), (saved, [], "give one with --image")):
+        result = ask(run, model, images, "where ?", "--curve", tmp_path / "none.png")
+        assert result.exit_code == 2 and message in result.stderr
+        assert not (tmp_path / "none.png").exists()
+
+
 def test_a_model_with_passes_and_without(run: Run, folder: Path, image: Path) -> None:
     passes = ("--passes", "cut-visual{from_layer=1}")
     cut = json.loads(ask(run, folder, [image], QUESTION, *passes, "--json").stdout)

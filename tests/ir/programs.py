@@ -42,6 +42,8 @@ PIPELINES = (
     "prumerge{keep=0.5,plus=true}",
     "resize{grid=3}",
     "average-pool",
+    "tome{merge=4},divprune{keep=0.6}",
+    "crossget{merge=5}",
     "sparsevlm{layers=[0,1],keeps=[0.3,0.1]}",
     "dart{layer=1,keep=0.5}",
     "drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons{keep=0.5},fastv{layer=1,keep=0.5},"

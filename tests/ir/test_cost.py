@@ -76,6 +76,10 @@ COUNTED = {
         "raters",
         "rater_scores",
         "merge_tokens",
+        "tome",
+        "join_tokens",
+        "received",
+        "crossget",
     )
 }
 

@@ -83,6 +83,31 @@ def check_pass(
     return optimized
 
 
+def check_gradients(model: Any, method: Pass, oracle: Vision) -> None:
+    """Hold gradients of every weight against those of the HF model on the tokens that `oracle` gives."""
+    inputs = random_inputs(model, batch=2, seed=3)
+    labels = torch.where(inputs["input_ids"] == model.config.image_token_id, -100, inputs["input_ids"])
+    tokens = oracle(model, inputs["pixel_values"])
+    short = shorten(model, inputs, tokens)
+    theirs = short.inputs["input_ids"]
+    with showing(model, tokens):
+        attended = short.inputs["attention_mask"].bool()
+        wanted = torch.where((theirs == model.config.image_token_id) | ~attended, -100, theirs)
+        # The first token of a row follows none, also where padding stands before it.
+        wanted.scatter_(1, attended.int().argmax(1, keepdim=True), -100)
+        model(**short.inputs, labels=wanted).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        optimize(model, [method])(**inputs, labels=labels).loss.backward()
+    for path, gradient in expected.items():
+        found = dict(model.named_parameters())[path].grad
+        found = torch.zeros_like(gradient) if found is None else found
+        torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-3, msg=path)
+    model.zero_grad()
+
+
 def _dense(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         logits = model(**random_inputs(model, seed=99)).logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ from foveate.passes import (
 from tests.oracle import vision
 from tests.oracle.masked import masked_forward
 from tests.oracle.masks import Masks, Neighbors, Prune
-from tests.passes.check import Vision, check_pass, optimize
+from tests.passes.check import Vision, check_gradients, check_pass, optimize
 from tests.passes.conftest import FFN, HEADS, LAYERS
 
 FEW = (
@@ -177,26 +176,7 @@ def test_labels_are_learnt_from_what_is_left(gqa: Any) -> None:
 @pytest.mark.parametrize("name", ["fastervlm", "visionzip", "prumerge", "prumerge+", "average-pool"])
 def test_gradients_are_those_of_the_oracle(name: str) -> None:
     """Through what is merged, and for PruMerge through the attention that weighs it."""
-    model = random_llava(layers=2)
-    method, oracle = METHODS[name]
-    inputs = random_inputs(model, batch=2, seed=3)
-    labels = torch.where(inputs["input_ids"] == model.config.image_token_id, -100, inputs["input_ids"])
-    tokens = oracle(model, inputs["pixel_values"])
-    short = vision.shorten(model, inputs, tokens)
-    theirs = short.inputs["input_ids"]
-    with vision.showing(model, tokens):
-        attended = short.inputs["attention_mask"].bool()
-        wanted = torch.where((theirs == model.config.image_token_id) | ~attended, -100, theirs)
-        model(**short.inputs, labels=wanted).loss.backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        optimize(model, [method])(**inputs, labels=labels).loss.backward()
-    for path, gradient in expected.items():
-        found = dict(model.named_parameters())[path].grad
-        found = torch.zeros_like(gradient) if found is None else found
-        torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-3, msg=path)
+    check_gradients(random_llava(layers=2), *METHODS[name])
 
 
 def test_an_image_left_without_a_token_is_none(mha: Any) -> None:

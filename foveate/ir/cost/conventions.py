@@ -101,9 +101,9 @@ def _module_linears(request: Request) -> int:
 
 
 def _tower_linears(request: Request) -> int:
-    """Linears and convolutions of the vision graph, as if every layer of the tower ran."""
+    """Linears and convolutions of the tower, as if those of its layers that nothing reads ran too."""
     by_layer: dict[int, int] = {}
-    for node in request.program.graphs["vision"].nodes:
+    for node in (n for graph in request.program.tower.values() for n in graph.nodes):
         if node.target in (aten.linear.default, aten.conv2d.default):
             layer = info(node).layer
             by_layer[layer] = by_layer.get(layer, 0) + node_flops(node, request.sizes, request.device)[0]
@@ -112,7 +112,7 @@ def _tower_linears(request: Request) -> int:
     vision = request.program.info.config.get("vision_config", {})
     depth = vision.get("num_hidden_layers") or vision.get("depth") or len(tower)
     around = by_layer.get(-1, 0) + by_layer[last]
-    return around + (tower[0] * int(depth) if tower else 0)
+    return around + (sum(tower) + tower[-1] * (int(depth) - len(tower)) if tower else 0)
 
 
 @dataclass(frozen=True)

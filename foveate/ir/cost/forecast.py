@@ -108,10 +108,10 @@ class Forecast:
         self.program, self.precision, self.device, self.joined = program, precision, device, joined
         self.first, self.step, self.last = sizes
         self.counted = counted
-        self.graphs = {
-            "vision": (program.graphs["vision"], self.first),
-            "prefill": (joined, self.first),
-            "decode": (program.graphs["decode"], self.step),
+        self.graphs: dict[str, tuple[tuple[fx.Graph, ...], Sizes]] = {
+            "vision": (tuple(program.tower.values()), self.first),
+            "prefill": ((joined,), self.first),
+            "decode": ((program.graphs["decode"],), self.step),
         }
 
     @classmethod
@@ -165,6 +165,7 @@ class Forecast:
             "batch": batch,
             "images": batch * images,
             "visual_tokens": visual * left // about.tokens_per_image,
+            "kept_tokens": left,
             "patches": batch * visual * about.patches_per_token,
             # Text between several images leaves attention no structure to use.
             "prefix": prefix if images <= 1 else -1,
@@ -204,7 +205,7 @@ class Forecast:
         used = self.program.used_weights()
         weights = [w for name, w in self.program.weights.items() if name in used]
         cache = self.kv_bytes()
-        peak = max(cache, *(self.peak_bytes(*self.graphs[name]) for name in ("vision", "prefill")))
+        peak = max(cache, *(self.peak_bytes(name) for name in ("vision", "prefill")))
         return Cost(
             **{name: self.work(name) for name in self.graphs},
             kv_bytes=cache,
@@ -214,9 +215,7 @@ class Forecast:
 
     def work(self, name: str) -> Work:
         """All that a graph runs, as it runs it."""
-        graph, sizes = self.graphs[name]
-        meter = Meter(graph, sizes, self.precision, self.device)
-        return sum((meter.of(node) for node in graph.nodes), Work())
+        return sum((meter.of(node) for meter, graph in self._metered(name) for node in graph.nodes), Work())
 
     def parts(self, by: Sequence[str]) -> dict[str, list[Part]]:
         """See `breakdown`."""
@@ -224,11 +223,10 @@ class Forecast:
         if unknown or not by:
             raise InputError(f"a breakdown is by {', '.join(BY)}, or several of them; got {', '.join(by) or 'nothing'}")
         result = {}
-        for name, (graph, sizes) in self.graphs.items():
-            meter = Meter(graph, sizes, self.precision, self.device)
+        for name, (_, sizes) in self.graphs.items():
             blind = Sizes(self.program, {**sizes.names, "text_tokens": 0})
             found: dict[Part, Work] = {}
-            for node in graph.nodes:
+            for meter, node in ((meter, n) for meter, graph in self._metered(name) for n in graph.nodes):
                 if node.op != "call_function" or node.target in VIEWS:
                     continue
                 about, work = info(node), meter.of(node)
@@ -252,9 +250,15 @@ class Forecast:
                 total += sum(self.last.numel(n) for n in (*layer.text, *(layer.visual or ())))
         return total * self.precision.kv_bits // 8
 
-    def peak_bytes(self, graph: fx.Graph, sizes: Sizes) -> int:
+    def peak_bytes(self, name: str) -> int:
         """Most bytes of values alive at once in a run, each freed after its last use; weights not counted."""
-        meter = Meter(graph, sizes, self.precision, self.device)
+        return max(self._peak_bytes(meter, graph) for meter, graph in self._metered(name))
+
+    def _metered(self, name: str) -> list[tuple[Meter, fx.Graph]]:
+        graphs, sizes = self.graphs[name]
+        return [(Meter(graph, sizes, self.precision, self.device), graph) for graph in graphs]
+
+    def _peak_bytes(self, meter: Meter, graph: fx.Graph) -> int:
         last = {base_of(n): node for node in graph.nodes for n in node.all_input_nodes}
         dying: dict[fx.Node, list[fx.Node]] = {}
         for value, reader in last.items():

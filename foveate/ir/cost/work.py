@@ -36,6 +36,7 @@ VIEWS = {
     aten.expand.default,
     aten.select.int,
     aten.sym_size.int,
+    aten.detach.default,
     operator.getitem,
 }
 """Ops that move nothing."""
@@ -281,6 +282,26 @@ def _mean(node: fx.Node, sizes: Sizes) -> int:
     return 2 * sizes.numel(args_of(node)[0])
 
 
+def _tome(node: fx.Node, sizes: Sizes) -> int:
+    images, _, count, width = sizes.shape(args_of(node)[0])
+    return 2 * images * width * (count // 2) * (count - count // 2)
+
+
+def _received(node: fx.Node, sizes: Sizes) -> int:
+    return _encoder_attention(node, sizes) // 2
+
+
+def _crossget(node: fx.Node, sizes: Sizes) -> int:
+    """Three looks at all pairs: to rank tokens, to choose those that go, and where they go."""
+    images, _, count, width = sizes.shape(args_of(node)[0])
+    return 6 * images * width * count * count
+
+
+def _cls_curve(node: fx.Node, sizes: Sizes) -> int:
+    images, count, width = sizes.shape(args_of(node)[0])
+    return 2 * images * (count - 1) * width
+
+
 FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.linear.default: _linear,
     aten.conv2d.default: _conv,
@@ -299,4 +320,8 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.merge_tokens: _merge,
     ops.cross_attention: _cross_attention,
     ops.mean_token: _mean,
+    ops.tome: _tome,
+    ops.received: _received,
+    ops.crossget: _crossget,
+    ops.cls_curve: _cls_curve,
 }

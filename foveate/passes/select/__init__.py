@@ -1,6 +1,8 @@
 """Selecting visual tokens, one method a file: in the decoder on `selector`, in the vision tower on `vision`."""
 
 from foveate.passes.select.average_pool import AveragePool
+from foveate.passes.select.cls_curve import CLSCurve
+from foveate.passes.select.crossget import CrossGET
 from foveate.passes.select.dart import DART
 from foveate.passes.select.divprune import DivPrune
 from foveate.passes.select.dynamicvit import DynamicViT
@@ -14,12 +16,15 @@ from foveate.passes.select.random_prune import RandomPrune
 from foveate.passes.select.resize import Resize
 from foveate.passes.select.smarttrim import SmartTrim
 from foveate.passes.select.sparsevlm import SparseVLM
+from foveate.passes.select.tome import ToMe
 from foveate.passes.select.visionzip import VisionZip
 from foveate.passes.select.vispruner import VisPruner
 
 __all__ = [
     "DART",
     "AveragePool",
+    "CLSCurve",
+    "CrossGET",
     "DivPrune",
     "DynamicViT",
     "FastV",
@@ -32,6 +37,7 @@ __all__ = [
     "Resize",
     "SmartTrim",
     "SparseVLM",
+    "ToMe",
     "VisPruner",
     "VisionZip",
 ]
