@@ -43,24 +43,26 @@ def calibrate(
     name: str = "",
     output: Path | None = None,
     resume: bool = False,
+    tokens: bool = False,
     tick: Tick = silent,
 ) -> Statistics:
     """Statistics of a transformers model over examples, `batch` at once; the model is left as it was.
 
     output: where to save them; until all is counted, `unfinished(output)` holds them, and `resume` goes on from there
     with the same result as a run that was not interrupted. name: of the model, kept in the file. Memory does not grow
-    with the number of examples but for two floats a head and example. Raises InputError for an example that does not
+    with the number of examples but for two floats a head and example; with `tokens`, for two floats a visual token and
+    layer besides, which `fitprune` asks for. Raises InputError for an example that does not
     fit the model, FoveateError subclasses otherwise.
     """
     about = family_of(model).describe(model.config)
     check_runs(model.config.model_type)
-    found = Statistics.empty(about, {"model": name, "batch": batch})
+    found = Statistics.empty(about, {"model": name, "batch": batch}, tokens)
     if output is not None:
         found = _begin(found, examples, output, resume)
     joint, program = trace_joint(model)
     program.graphs["prefill"] = split(program, joint)
     runner = OptimizedModel(program, model.config, model.generation_config)
-    observed = observe(program)
+    observed = observe(program, tokens)
     run = lower(observed, only_statistics(observed), "prefill")
     saved = found.samples
     for start in range(found.samples, len(examples), batch):
@@ -68,7 +70,8 @@ def calibrate(
         part = examples[start : start + batch]
         with torch.inference_mode():
             inputs, streams = runner.prefill_inputs(**_processed(model, processor, part))
-            found = found.extended(run(inputs)["statistics"], _later(streams, part))
+            visual = (streams.visual.order != PAD).sum(1)
+            found = found.extended(run(inputs)["statistics"], _later(streams, part), visual)
         if output is not None and found.samples - saved >= SAVE_EVERY:
             saved = _save(found, examples, unfinished(output))
     tick("calibrating", len(examples), len(examples))
@@ -94,6 +97,9 @@ def _begin(fresh: Statistics, examples: Sequence[Example], output: Path, resume:
                 f"{part} was begun with {what} {found.source.get(what)}, not {fresh.source[what]}; "
                 "give that, or remove the file to start anew"
             )
+    if (found.visual is None) != (fresh.visual is None):
+        without = "without" if found.visual is None else "with"
+        raise InputError(f"{part} was begun {without} --tokens; go on so, or remove the file to start anew")
     if found.samples > len(examples) or found.source.get("examples") != _digest(examples[: found.samples]):
         raise InputError(f"{part} was begun with other samples; give those, or remove the file to start anew")
     return found

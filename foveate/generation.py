@@ -44,6 +44,7 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         past_key_values: VisualTextCache | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        questions: Tensor | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """The whole prompt first, then what the cache has not seen."""
@@ -51,7 +52,7 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values}
         inputs["use_cache"] = options.get("use_cache", True)
         if not seen:
-            inputs |= {"attention_mask": attention_mask, "pixel_values": pixel_values}
+            inputs |= {"attention_mask": attention_mask, "pixel_values": pixel_values, "questions": questions}
         return inputs
 
     def _prepare_cache_for_generation(
@@ -68,15 +69,14 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat each row; a row's images are repeated as a block, so that every copy has all of them in order."""
-        pixels = model_kwargs.pop("pixel_values", None)
-        if pixels is not None and input_ids is not None and expand_size > 1:
-            tokens = (input_ids == self.program.info.image_token_id).sum(1)
-            counts = (tokens // self.program.info.tokens_per_image).tolist()
-            if sum(counts) == pixels.shape[0]:
-                pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
+        of_images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "questions")}
+        for name, value in of_images.items():
+            if value is not None and input_ids is not None and expand_size > 1:
+                tokens = (input_ids == self.program.info.image_token_id).sum(1)
+                counts = (tokens // self.program.info.tokens_per_image).tolist()
+                if sum(counts) == value.shape[0]:
+                    of_images[name] = torch.cat([torch.cat([part] * expand_size) for part in value.split(counts)])
         ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixels is not None:
-            kwargs["pixel_values"] = pixels
-        return ids, kwargs
+        return ids, {**kwargs, **{name: value for name, value in of_images.items() if value is not None}}

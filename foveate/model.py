@@ -93,14 +93,15 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         use_cache: bool = True,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        questions: Tensor | None = None,
         **options: Any,
     ) -> NextToken:
         """Next-token logits of a batch of prompts, or of their continuation when a filled cache is given.
 
         Takes what the model's processor returns. With labels, int64 [B, S] as transformers takes them, the loss: the
         mean over labels, or their sum over `num_items_in_batch`. Selections such as FastV's then heed the last token
-        before each row's first label, as they would for that prompt alone. Raises InputError where the inputs do not
-        fit together.
+        before each row's first label, as they would for that prompt alone. questions: fp32 [images, P] of
+        `foveate.questions`, where a pass asks for them. Raises InputError where the inputs do not fit together.
         """
         _refuse(options)
         if input_ids is None:
@@ -108,23 +109,23 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         if any(holder.replaced for holder in self._holders):
             self._lower()  # adapters came or went
         if labels is not None:
-            return self._run_train(input_ids, pixel_values, attention_mask, position_ids, labels, num_items_in_batch)
+            seen = pixel_values, questions
+            return self._run_train(input_ids, seen, attention_mask, position_ids, labels, num_items_in_batch)
         if past_key_values is not None and past_key_values.get_seq_length():
             if not isinstance(past_key_values, VisualTextCache):
                 raise InputError(f"past_key_values is a {type(past_key_values).__name__}; give one this model returned")
             return self._run_decode(input_ids, past_key_values)
-        return self._run_prefill(input_ids, pixel_values, attention_mask, position_ids, past_key_values, use_cache)
+        inputs, streams = self.prefill_inputs(input_ids, pixel_values, attention_mask, position_ids, questions)
+        return self._run_prefill(input_ids, inputs, streams, past_key_values, use_cache)
 
     def _run_prefill(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
+        inputs: dict[str, Tensor | int],
+        streams: Streams,
         cache: VisualTextCache | None,
         use_cache: bool,
     ) -> NextToken:
-        inputs, streams = self.prefill_inputs(input_ids, pixel_values, attention_mask, position_ids)
         out = self._run["prefill"](inputs)
         held = out.get("held", {})
         if use_cache:
@@ -142,7 +143,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
     def _run_train(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
+        seen: tuple[Tensor | None, Tensor | None],
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         labels: Tensor,
@@ -150,7 +151,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
     ) -> NextToken:
         if not self._train:
             self._train = self._train_graphs()
-        about, images = self.program.info, self._images(pixel_values, self._train)
+        about, images = self.program.info, self._images(self._train, *seen)
         attention_mask, position_ids = shorten(about, input_ids, attention_mask, position_ids, images)
         following = next_labels(input_ids, attention_mask, labels)
         streams = arrange(about, input_ids, attention_mask, position_ids, images, following != NO_LABEL)
@@ -179,9 +180,10 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        questions: Tensor | None = None,
     ) -> tuple[dict[str, Tensor | int], Streams]:
         """What a prefill graph takes, by name, from what the model's processor returns; and the prompts in streams."""
-        about, images = self.program.info, self._images(pixel_values, self._run)
+        about, images = self.program.info, self._images(self._run, pixel_values, questions)
         attention_mask, position_ids = shorten(about, input_ids, attention_mask, position_ids, images)
         streams = arrange(about, input_ids, attention_mask, position_ids, images)
         return self._inputs(input_ids, streams, images), streams
@@ -215,8 +217,13 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             cache.extend(out["kv"], order, out.get("scores"))
         return NextToken(logits=logits, past_key_values=cache)
 
-    def _images(self, pixel_values: Tensor | None, run: Mapping[str, Runner]) -> Images | None:
+    def _images(
+        self, run: Mapping[str, Runner], pixel_values: Tensor | None, questions: Tensor | None
+    ) -> Images | None:
         """The visual tokens of all images of the batch."""
+        asked = next((n for n in self.program.graphs["vision"].nodes if n.name == "questions"), None)
+        if asked is None and questions is not None:
+            raise InputError("this model chooses nothing by a question; leave questions out")
         if pixel_values is None:
             return None
         expected = self.program.info.image_size
@@ -225,7 +232,19 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
                 f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes [images, "
                 f"{', '.join(map(str, expected))}]"
             )
-        out = run["vision"]({"pixel_values": pixel_values.to(self.dtype)})
+        if not len(pixel_values):
+            return None
+        inputs: dict[str, Tensor | int] = {"pixel_values": pixel_values.to(self.dtype)}
+        if asked is not None:
+            wanted = (len(pixel_values), asked.meta["val"].shape[1])
+            if questions is None or tuple(questions.shape) != wanted:
+                given = "none" if questions is None else f"{list(questions.shape)}"
+                raise InputError(
+                    f"this model chooses visual tokens by the question: give questions={list(wanted)}, one row an "
+                    f"image, as foveate.questions makes them; there is {given}"
+                )
+            inputs["questions"] = questions.to(self.device, torch.float32)
+        out = run["vision"](inputs)
         if "vision_rest" in run:
             left = out["source"][:, : int(out["count"].max())]
             out = run["vision_rest"]({"hidden": out["out"], "places": left, "count": out["count"]})
@@ -333,5 +352,5 @@ def _refuse(options: dict[str, Any]) -> None:
     if unknown:
         raise InputError(
             f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, pixel_values, "
-            "attention_mask, position_ids, past_key_values, use_cache and labels"
+            "attention_mask, position_ids, past_key_values, use_cache, labels and questions"
         )

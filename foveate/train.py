@@ -208,11 +208,10 @@ def _trainer(terms: Callable[[], dict[str, float]] | None) -> Any:
 
 
 def _vision_weights(model: OptimizedModel) -> list[torch.nn.Parameter]:
-    """Parameters that the tower's graphs read and no other does."""
+    """Parameters that the vision graph reads and no other does."""
     graphs = model.program.graphs
     read = {name: {str(n.target) for n in graph.nodes if n.op == "get_attr"} for name, graph in graphs.items()}
-    seen = set().union(*(read[name] for name in model.program.tower))
-    values = [model.weights.get(name) for name in sorted(seen - read["prefill"])]
+    values = [model.weights.get(name) for name in sorted(read["vision"] - read["prefill"])]
     return [value for value in values if isinstance(value, torch.nn.Parameter)]
 
 

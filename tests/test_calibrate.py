@@ -106,6 +106,28 @@ def test_a_resumed_calibration_gives_the_same_file(tmp_path: Path, monkeypatch: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.safetensors", "whole.safetensors"]
 
 
+def test_what_tokens_receive_is_counted_beside_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Statistics
+) -> None:
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    path = tmp_path / "x.safetensors"
+
+    def stop(label: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    whole = calibrate(*small_digits(), examples(), batch=2, tokens=True)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(*small_digits(), examples(), batch=2, output=path, tokens=True, tick=stop)
+    with pytest.raises(InputError, match="begun with --tokens"):
+        calibrate(*small_digits(), examples(), batch=2, output=path, resume=True)
+    resumed = calibrate(*small_digits(), examples(), batch=2, output=path, resume=True, tokens=True)
+    assert counted.visual is None and same(whole, counted)
+    for found in (resumed, Statistics.load(path)):
+        assert same(found, whole)
+        assert all(torch.equal(getattr(found, name), getattr(whole, name)) for name in ("visual", "cross", "own"))
+
+
 def test_an_unfinished_file_is_not_overwritten_nor_mixed_with_another_run(tmp_path: Path, counted: Statistics) -> None:
     path = tmp_path / "x.safetensors"
 
@@ -122,6 +144,7 @@ def test_an_unfinished_file_is_not_overwritten_nor_mixed_with_another_run(tmp_pa
     again("batch 2, not 3", batch=3)
     again("model , not other", name="other")
     again("another shape", layers=1)
+    again("begun without --tokens", tokens=True)
     again("other samples", examples=examples()[1:])
     again("other samples", examples=examples()[:1])
 
@@ -146,7 +169,7 @@ def test_values_that_are_not_finite_are_refused(counted: Statistics) -> None:
     values = [[torch.ones(size) for size in sizes] for _ in range(layers)]
     values[1][4][0, 2] = float("inf")
     with pytest.raises(InputError, match="sample 6: neurons of layer 1 is not finite"):
-        counted.extended(values, torch.ones(1))
+        counted.extended(values, torch.ones(1), torch.ones(1))
 
 
 def test_votes_are_strict_in_both_numbers() -> None:
@@ -206,3 +229,12 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path, counted: Statisti
     refused("mass is torch.float64")
     written(about, pairs=tensors["pairs"] * float("nan"))
     refused("pairs holds values that are not finite")
+    apart = {"visual": torch.tensor([2, 1, 1, 1, 1]), "cross": torch.zeros(6, 2), "own": torch.zeros(6, 2)}
+    written(about, **apart)
+    assert Statistics.load(path).cross.shape == (6, 2)
+    written(about, **{**apart, "own": None})
+    refused("own is missing, not \\[6, 2\\]")
+    written(about, **{**apart, "visual": torch.tensor([2, 1, 1, 1, 2])})
+    refused("cross is torch.float32")
+    written(about, **{**apart, "visual": torch.tensor([3, 2, 2, -2, 1])})
+    refused("visual holds values that are below 1")

@@ -24,6 +24,7 @@ ALLOWED = {
     "cache": BASE,
     "streams": BASE | {"ir"},
     "labels": BASE | {"streams"},
+    "clip": {"errors"},
     "generation": BASE | {"ir", "cache"},
     "steps": BASE | {"backends", "cache"},
     "model": BASE | {"ir", "backends", "cache", "streams", "labels", "generation", "steps", "artifact", "report"},

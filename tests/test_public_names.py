@@ -10,7 +10,16 @@ import foveate.passes
 
 
 def test_public_names():
-    assert foveate.__all__ == ["OptimizedModel", "__version__", "cost", "diff", "load", "optimize", "trace"]
+    assert foveate.__all__ == [
+        "OptimizedModel",
+        "__version__",
+        "cost",
+        "diff",
+        "load",
+        "optimize",
+        "questions",
+        "trace",
+    ]
     assert dir(foveate) == sorted(foveate.__all__)
     for name in foveate.__all__:
         assert getattr(foveate, name) is not None
@@ -60,10 +69,19 @@ def test_passes_and_their_options():
         "average-pool": {"factor": 2},
         "cls-curve": {"layer": 3, "alpha": 0.075, "alpha_mode": "expand"},
         "crossget": {"merge": 13, "vectors": None, "hand_on": False},
+        "cdpruner": {"keep": 0.25, "clip": "", "theta": None},
         "divprune": {"keep": 0.25},
         "fastervlm": {"keep": 0.25},
         "dart": {"layer": 2, "keep": 0.5, "pivots": 4},
-        "sparsevlm": {"layers": (2, 6, 15), "budget": 192, "keeps": None, "recycle": True},
+        "sparsevlm": {
+            "layers": (2, 6, 15),
+            "budget": 192,
+            "keeps": None,
+            "recycle": True,
+            "counts": "code",
+            "scale": None,
+        },
+        "fitprune": {"budget": 0.4, "schedule": None, "stats": None},
         "prumerge": {"keep": None, "plus": False, "neighbors": 32},
         "resize": {"grid": 12},
         "tome": {"merge": 16, "schedule": "constant", "proportional": True, "sort": True},

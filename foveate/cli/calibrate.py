@@ -19,9 +19,12 @@ ALPHA = 0.1
 @click.option("-o", "--output", required=True, metavar="X.safetensors", help="Where the statistics go.")
 @click.option("-n", "--samples", type=AT_LEAST_ONE, default=100, show_default=True, help="Samples at most.")
 @click.option("--batch", type=AT_LEAST_ONE, default=8, show_default=True, help="Samples at once.")
+@click.option("--tokens", is_flag=True, help="Also what each visual token receives, for fitprune.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")
 @json_option
-def command(model: str, data: str, output: str, samples: int, batch: int, resume: bool, as_json: bool) -> None:
+def command(
+    model: str, data: str, output: str, samples: int, batch: int, tokens: bool, resume: bool, as_json: bool
+) -> None:
     """Count what MODEL's heads and neurons do with images, for passes that drop the idle ones.
 
     A folder holds a .jsonl file, or images, each with its question in a .txt of the same name (default: "Describe this
@@ -38,9 +41,8 @@ def command(model: str, data: str, output: str, samples: int, batch: int, resume
         from foveate.calibrate import calibrate
 
         examples = _examples(data, processor, samples)
-        found = calibrate(
-            loaded.model, processor, examples, batch=batch, name=model, output=path, resume=resume, tick=out.tick
-        )
+        options: dict[str, Any] = {"batch": batch, "name": model, "resume": resume, "tokens": tokens}
+        found = calibrate(loaded.model, processor, examples, output=path, tick=out.tick, **options)
         layers = _layers(found)
         shown = table(None, "layer", "active heads", "text to image", "cut here", left=0)
         for layer, row in enumerate(layers):

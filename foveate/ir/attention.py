@@ -44,6 +44,11 @@ class Attention:
         """As the op takes them."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
+    @property
+    def received(self) -> tuple[Any, ...]:
+        """Arguments of `foveate::received_attention`: what visual keys receive from visual queries, or from text."""
+        return (self.q[0], self.k, self.q_order[0], self.k_order, self.layout.startswith("t"), self.scale)
+
     def without_visual(self) -> Attention:
         """The same queries, blind: visual keys are left out."""
         kept = [i for i, stream in enumerate(self.keys) if stream != "v"]
@@ -86,6 +91,12 @@ class Neighbors:
     def args(self) -> tuple[Any, ...]:
         """As the op takes them."""
         return tuple(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def received(self) -> tuple[Any, ...]:
+        """Arguments of `foveate::received_attention`: what visual keys receive from visual queries."""
+        window = self.coords, self.radius, self.metric, self.causal
+        return (self.q, self.k, self.q_order, self.k_order, False, self.scale, *window)
 
 
 VIEWS_OF: dict[Any, type[Attention | Neighbors]] = {

@@ -18,6 +18,10 @@ from foveate.ir.weights import permute, slice_weight
 aten = torch.ops.aten
 
 
+READERS = (ops.attention_row, ops.rater_scores, ops.rater_rank, ops.received_attention)
+"""Scores that read a layer's queries, first, and its keys, second."""
+
+
 @dataclass(frozen=True)
 class HeadPlan:
     """Which query heads of a layer stay for visual tokens, and the order that puts them in front.
@@ -113,7 +117,8 @@ def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan, renorm: bool = True) 
         for row in readers:
             q, keys, *rest = args_of(row)
             with edit.before(row):
-                q = edit.call(aten.slice.Tensor, q, 1, 0, plan.kept, about=_about(edit, row))
+                if info(q).stream == "text":  # those of visual tokens are fewer already
+                    q = edit.call(aten.slice.Tensor, q, 1, 0, plan.kept, about=_about(edit, row))
                 keys = _kept_keys(edit, keys, plan, row)
             edit.set_args(row, (q, keys, *rest))
     else:
@@ -123,9 +128,9 @@ def drop_heads(edit: Rewriter, layer: int, plan: HeadPlan, renorm: bool = True) 
 
 
 def _readers(key: fx.Node) -> list[fx.Node]:
-    """Scores that are rows of attention to these keys, or to those that they were selected from by such a row."""
+    """Scores from attention to these keys, or to those that they were selected from by such a score."""
     keys = [key, *([args_of(key)[0]] if key.target == ops.take_tokens else [])]
-    return [user for each in keys for user in each.users if user.target == ops.attention_row]
+    return [user for each in keys for user in each.users if user.target in READERS]
 
 
 def _about(edit: Rewriter, node: fx.Node) -> NodeInfo:

@@ -6,6 +6,7 @@
     y.visual = down(x.visual)                  the same, and neurons = activity(x.visual)
     logits                                     the same, and for each layer what they are if text is blind from there
                                                on: cut_kl = divergence(logits of a text-only copy of the rest, logits)
+                                               if asked for: cross, own = received_attention(text; visual), (visual)
 
 Nothing else changes, so that logits are the model's own, and no value has an entry for each pair of tokens.
 """
@@ -19,7 +20,7 @@ from torch import fx
 
 from foveate import ops
 from foveate.errors import TraceError
-from foveate.ir.attention import Attention, attentions
+from foveate.ir.attention import Attention, attentions, taken_apart
 from foveate.ir.program import ModelInfo, NodeInfo, Program, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, map_arg, nodes_of
 from foveate.ir.select import coords_at
@@ -28,14 +29,20 @@ OBSERVERS = ("mass", "norms", "by_distance", "pairs", "neurons", "cut_kl")
 """Values observed in a layer, in the order of the `statistics` output; see `foveate.ops` for their shapes."""
 
 
+TOKENS = ("cross", "own")
+"""What else is observed in a layer, of each visual token, where that is asked for."""
+
+
 def distances_of(model: ModelInfo) -> int:
     """How many rounded distances there are between tokens of an image."""
     height, width = model.grid
     return round(math.hypot(height - 1, width - 1)) + 1
 
 
-def observe(program: Program) -> Program:
+def observe(program: Program, tokens: bool = False) -> Program:
     """A copy with the prefill output `statistics`: for each layer a list of the values named in `OBSERVERS`.
+
+    With `tokens`, those named in `TOKENS` follow: what each visual token receives.
 
     program: one whose prefill graph is as `foveate.ir.split.split` leaves it, where the last layer still works for all
     tokens. Raises TraceError for a layer that passes or `keep_last` have changed already.
@@ -46,6 +53,8 @@ def observe(program: Program) -> Program:
     found = [_observe_layer(edit, layer) for layer in range(copy.info.layers)]
     for layer, values in enumerate(found):
         values.append(_observe_cut(edit, dense, layer))
+        if tokens:
+            values += _observe_tokens(edit, layer)
     edit.output({**outputs(edit.graph), "statistics": found})
     edit.sweep()
     return copy
@@ -80,6 +89,17 @@ def _observe_layer(edit: Rewriter, layer: int) -> list[fx.Node]:
     with edit.after(down[0]):
         neurons = edit.call(ops.activity, args_of(down[0])[0], order, about=about.with_(origin=(down[0].name,)))
     return [*items, neurons]
+
+
+def _observe_tokens(edit: Rewriter, layer: int) -> list[fx.Node]:
+    """What visual tokens receive from text and from each other (FitPrune, arXiv 2409.10197)."""
+    found = []
+    for stream in ("text", "visual"):
+        (node,) = attentions(edit.graph, layer, stream)
+        about = NodeInfo(layer, "statistics", "none", "observe", (node.name,))
+        with edit.after(node):
+            found.append(edit.call(ops.received_attention, *taken_apart(node).received, about=about))
+    return found
 
 
 def _observe_cut(edit: Rewriter, dense: list[fx.Node], layer: int) -> fx.Node:

@@ -25,7 +25,7 @@ Rule = Callable[[Program, str, fx.Graph], Complaints]
 
 
 INPUTS = {
-    "vision": r"pixel_values|patch_positions|cu_seqlens",
+    "vision": r"pixel_values|questions|patch_positions|cu_seqlens",
     "vision_rest": r"hidden|places|count",
     "prefill": r"visual|text|(visual|text)_(position_ids|order)|visual_coords|grids|prefix",
     "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+"

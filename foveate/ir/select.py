@@ -11,11 +11,14 @@ before the layer, earlier keys and values included, stays whole.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 
 from foveate import ops
 from foveate.errors import PassError
+from foveate.ir.attention import Attention, attentions
 from foveate.ir.program import NodeInfo, Stream, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, shape
 from foveate.ir.tokens import Axes, token_axes
@@ -86,6 +89,27 @@ def made_in(layer: int, values: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def live_behind(graph: fx.Graph, layer: int, done: list[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, list[fx.Node]]]:
+    """What `layer` computes without looking at `done`, nodes of it, and `done` itself; and what lives beyond that.
+
+    The second is as `live_into`, where tokens are selected behind `done`: the output is no user, so that the cache
+    holds what the layer's attention saw.
+    """
+    behind: set[fx.Node] = set()
+    for node in graph.nodes:
+        if any(source in behind or source in done for source in node.all_input_nodes):
+            behind.add(node)
+    before = {n for n in graph.nodes if n.op == "call_function" and info(n).layer == layer and n not in behind}
+    live: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        made = info(node).layer < layer or node in before
+        if made and info(node).stream == "visual" and isinstance(node.meta["val"], Tensor):
+            users = [u for u in node.users if u.op == "call_function" and info(u).layer >= layer and u not in before]
+            if users:
+                live[node] = users
+    return [n for n in graph.nodes if n in before], live
+
+
 def live_beside(graph: fx.Graph, layer: int, needed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """As `live_into`, where nodes of the layer itself, `needed`, are computed before tokens are selected.
 
@@ -113,25 +137,42 @@ def keep_tokens(
 ) -> None:
     """From `layer` on, only the floor(keep * n) visual tokens with the highest scores exist.
 
-    scores: [B, n] fp32, computed from what enters the layer. live: visual values -> their users from then on, such as
-    `live_into(graph, layer)` finds them; taken before the scores were added. whole: the order of the tokens that
-    `keep` is a share of, if they are not those that are left. merged: hidden states of which some of those that go are
-    added to as clusters. The places of the kept tokens become the output `kept[layer]`.
+    scores: [B, n] fp32, computed from what enters the layer, or in the layer before, where tokens then go at once.
+    live: visual values -> their users from then on, such as `live_into(graph, layer)` finds them; taken before the
+    scores were added. whole: the order of the tokens that `keep` is a share of, if they are not those that are left.
+    merged: hidden states of which some of those that go are added to as clusters. The places of the kept tokens become
+    the output `kept[layer]`.
     """
-    graph = edit.graph
     if keep * edit.program.symbols.HINTS["visual_tokens"] < 2:
         raise PassError(
             f"{edit.by}: a share of {keep:g} leaves no visual token; cut-visual{{from_layer={layer}}} says so"
         )
-    axes: Axes = token_axes(graph, token_inputs(graph))
-    about = NodeInfo(layer, "select", "visual", edit.by)
-    order = visual_order_at(graph, layer)
+    about = NodeInfo(info(scores).layer, "select", "visual", edit.by)
+    order = visual_order_at(edit.graph, layer)
     with edit.after(scores):
         if merged is None:
             counted = () if whole is None or whole is order else (whole,)
             chosen = edit.call(ops.top_tokens, scores, order, keep, *counted, about=about)
         else:
             chosen = edit.call(ops.recycle_tokens, scores, order, merged, whole or order, keep, about=about)
+    take_chosen(edit, layer, chosen, live, merged)
+
+
+def take_chosen(
+    edit: Rewriter,
+    layer: int,
+    chosen: fx.Node,
+    live: dict[fx.Node, list[fx.Node]],
+    merged: fx.Node | None = None,
+) -> None:
+    """From `layer` on, only chosen visual tokens exist: what `keep_tokens` does with its choice.
+
+    chosen: a node that returns index, order and, where some are `merged`, weights; see `foveate.ops.recycle_tokens`.
+    """
+    graph, about = edit.graph, info(chosen)
+    axes: Axes = token_axes(graph, token_inputs(graph))
+    order = visual_order_at(graph, layer)
+    with edit.after(chosen):
         index, kept = edit.item(chosen, 0, about), edit.item(chosen, 1, about)
         for node, users in live.items():
             origin = about.with_(role=info(node).role, origin=(node.name,))
@@ -147,6 +188,13 @@ def keep_tokens(
     edit.output(result)
     edit.refresh()
     edit.sweep()
+
+
+def padded_from(edit: Rewriter, layer: int) -> None:
+    """From `layer` on visual tokens may be padding in any prompt: attention must not rely on `prefix`."""
+    for node in attentions(edit.graph):
+        if info(node).layer >= layer and node.target == ops.attention:
+            edit.set_args(node, replace(Attention.of(node), prefix=-1).args)
 
 
 def token_inputs(graph: fx.Graph) -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveate.errors import ArtifactError, InputError, PassError
 from foveate.files import write_whole
-from foveate.ir.observe import OBSERVERS, distances_of
+from foveate.ir.observe import OBSERVERS, TOKENS, distances_of
 from foveate.ir.program import ModelInfo
 
 FORMAT = 1
@@ -39,7 +39,9 @@ class Statistics:
     by_distance: float64 [L, H, D], sum of attention between visual tokens of an image by distance; pairs: float64 [D],
     how many pairs were that far apart. neurons: float64 [L, m], sum of mean |activation| over visual tokens. cut_kl:
     float64 [L], sum of KL(without || with) of the first output token if text sees text only from that layer on.
-    model: what of the model's shape matters. source: where the samples came from.
+    visual: int64 [samples], visual tokens of each; cross, own: fp32 [visual tokens of all samples, L], what each
+    receives from the text behind the image and from visual tokens (see `foveate.ops.received_attention`); None where
+    that was not asked for. model: what of the model's shape matters. source: where the samples came from.
     """
 
     model: dict[str, Any]
@@ -51,14 +53,17 @@ class Statistics:
     neurons: Tensor
     cut_kl: Tensor
     source: dict[str, Any] = field(default_factory=dict)
+    visual: Tensor | None = None
+    cross: Tensor | None = None
+    own: Tensor | None = None
 
     @classmethod
-    def empty(cls, info: ModelInfo, source: dict[str, Any] | None = None) -> Statistics:
-        """Of no sample yet."""
+    def empty(cls, info: ModelInfo, source: dict[str, Any] | None = None, tokens: bool = False) -> Statistics:
+        """Of no sample yet; tokens: whether visual tokens are told apart."""
         layers, heads = info.layers, info.heads
         far = distances_of(info)
         shape = {**{name: getattr(info, name) for name in SHAPE}, "grid": list(info.grid), "distances": far}
-        sizes = _sizes(shape, 0)
+        sizes = _sizes(shape, 0, 0 if tokens else None)
         sums = {name: torch.zeros(size, dtype=_DTYPES[name]) for name, size in sizes.items()}
         assert sums["mass"].shape == (0, layers, heads)
         return cls(model=shape, **sums, source=source or {})
@@ -68,14 +73,14 @@ class Statistics:
         """How many samples were counted."""
         return len(self.mass)
 
-    def extended(self, layers: Sequence[Sequence[Tensor]], later: Tensor) -> Statistics:
+    def extended(self, layers: Sequence[Sequence[Tensor]], later: Tensor, visual: Tensor) -> Statistics:
         """With one more batch: the `statistics` output of an observed prefill graph.
 
-        later: int64 [B], text tokens behind the first visual one. Raises InputError for values that are not finite.
+        later: int64 [B], text tokens behind the first visual one; visual: int64 [B], visual tokens, which stand first.
+        Raises InputError for values that are not finite.
         """
-        values = {
-            name: torch.stack([layer[i].cpu().double() for layer in layers], 1) for i, name in enumerate(OBSERVERS)
-        }
+        names = OBSERVERS if self.visual is None else OBSERVERS + TOKENS
+        values = {name: torch.stack([layer[i].cpu().double() for layer in layers], 1) for i, name in enumerate(names)}
         for name, value in values.items():
             if not bool(value.isfinite().all()):
                 row, layer = (~value.isfinite()).nonzero()[0, :2].tolist()
@@ -96,7 +101,18 @@ class Statistics:
             pairs=_added(self.pairs, values["pairs"][:, 0]),
             neurons=_added(self.neurons, values["neurons"]),
             cut_kl=_added(self.cut_kl, values["cut_kl"]),
+            **self._more_tokens(values, visual.cpu()),
         )
+
+    def _more_tokens(self, values: dict[str, Tensor], visual: Tensor) -> dict[str, Any]:
+        """What each visual token of a batch receives, [B, L, n], behind that of those before."""
+        if self.visual is None:
+            return {}
+        more = {"visual": torch.cat([self.visual, visual])}
+        for name in TOKENS:
+            rows = [row[:, :count].T.float() for row, count in zip(values[name], visual.tolist(), strict=True)]
+            more[name] = torch.cat([getattr(self, name), *rows])
+        return more
 
     def activity(self, rho: str = "mass") -> Tensor:
         """Mean over samples of a head's activity: float64 [L, H]."""
@@ -125,7 +141,8 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write the file so that it is there whole or not at all; ArtifactError where that fails."""
-        tensors = {name: getattr(self, name).contiguous() for name in _DTYPES}
+        found = {name: getattr(self, name) for name in _DTYPES}
+        tensors = {name: value.contiguous() for name, value in found.items() if value is not None}
         about = {"format": FORMAT, "samples": self.samples, "model": self.model, "source": self.source}
         write_whole(path, safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)}))
 
@@ -144,7 +161,8 @@ class Statistics:
         if about.get("format") != FORMAT:
             raise ArtifactError(f"statistics {path} have format {about.get('format')}; this foveate reads {FORMAT}")
         try:
-            sizes = _sizes(about["model"], about["samples"])
+            total = int(tensors["visual"].sum()) if "visual" in tensors else None
+            sizes = _sizes(about["model"], about["samples"], total)
             source = dict(about["source"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"statistics {path} are damaged: bad metadata, {error!r}") from None
@@ -153,8 +171,9 @@ class Statistics:
             if found is None or tuple(found.shape) != size or found.dtype != _DTYPES[name]:
                 what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
                 raise ArtifactError(f"statistics {path} are damaged: {name} is {what}, not {list(size)}")
-            if not bool(found.isfinite().all()):
-                raise ArtifactError(f"statistics {path} are damaged: {name} holds values that are not finite")
+            if not bool(found.isfinite().all()) or (name == "visual" and bool((found < 1).any())):
+                what = "not finite" if name != "visual" else "below 1"
+                raise ArtifactError(f"statistics {path} are damaged: {name} holds values that are {what}")
         return cls(model=about["model"], source=source, **{name: tensors[name] for name in sizes})
 
 
@@ -166,16 +185,19 @@ _DTYPES = {
     "pairs": torch.float64,
     "neurons": torch.float64,
     "cut_kl": torch.float64,
+    "visual": torch.int64,
+    "cross": torch.float32,
+    "own": torch.float32,
 }
 
 
-def _sizes(model: dict[str, Any], samples: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of a file."""
+def _sizes(model: dict[str, Any], samples: int, total: int | None) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a file; total: visual tokens of all samples, where they are told apart."""
     missing = [name for name in (*SHAPE, "grid", "distances") if name not in model]
     if missing:
         raise KeyError(missing[0])
     layers, heads, far = int(model["layers"]), int(model["heads"]), int(model["distances"])
-    return {
+    sizes: dict[str, tuple[int, ...]] = {
         "mass": (int(samples), layers, heads),
         "output": (int(samples), layers, heads),
         "text_to_visual": (layers, heads),
@@ -184,6 +206,9 @@ def _sizes(model: dict[str, Any], samples: int) -> dict[str, tuple[int, ...]]:
         "neurons": (layers, int(model["intermediate_size"])),
         "cut_kl": (layers,),
     }
+    if total is not None:
+        sizes |= {"visual": (int(samples),), "cross": (total, layers), "own": (total, layers)}
+    return sizes
 
 
 def _added(total: Tensor, rows: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ _VISION = (
     ops.places,
     ops.diverse_scores,
     ops.distinct_scores,
+    ops.relevance,
+    ops.determinant_scores,
     ops.visionzip,
     ops.prumerge,
     ops.tome,

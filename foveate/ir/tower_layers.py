@@ -112,6 +112,25 @@ class Merger:
             self.tower.become(self.tower.tokens, self.tower.call(aten.slice.Tensor, self.source, 1, 1, END))
 
 
+def renew_last(edit: Rewriter, layer: Layer, vectors: fx.Node | None, first: bool) -> None:
+    """The last token that enters a layer is what it was, without its gradient, plus the layer's vector [layers, C].
+
+    first: there is no such token yet; it starts as CLS.
+    """
+    about = NodeInfo(layer.number, "cross")
+    x, readers = layer.entering, list(layer.entering.users)
+    with edit.after(x):
+        start, others = (0, x) if first else (-1, edit.call(aten.slice.Tensor, x, 1, 0, -1, about=about))
+        cross = edit.call(aten.slice.Tensor, x, 1, start, 1 if first else END, about=about)
+        cross = edit.call(aten.detach.default, cross, about=about)
+        if vectors is not None:
+            vector = edit.call(aten.slice.Tensor, vectors, 0, layer.number, layer.number + 1, about=about)
+            cross = edit.call(aten.add.Tensor, cross, vector, about=about)
+        new = edit.call(aten.cat.default, [others, cross], 1, about=about)
+    edit.replace(x, new, where=readers.__contains__)
+    edit.refresh()
+
+
 def cut(tower: Tower, layer: Layer, chosen: tuple[fx.Node, fx.Node]) -> None:
     """From `layer` on, the tower runs on CLS and the first `count` of the `places`, which are `chosen`."""
     edit, program = tower.edit, tower.edit.program

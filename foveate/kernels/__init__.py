@@ -11,7 +11,21 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from foveate.kernels import attention, counting, guided, kv, learned, linear, merging, scores, statistics, tokens, tower
+from foveate.kernels import (
+    attention,
+    counting,
+    fit,
+    guided,
+    kv,
+    learned,
+    linear,
+    merging,
+    relevance,
+    scores,
+    statistics,
+    tokens,
+    tower,
+)
 from foveate.kernels.autocast import follow_autocast
 from foveate.kernels.gradients import constant, differentiable
 from foveate.kernels.neighbor import dispatch
@@ -31,10 +45,14 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "places": scores.places,
     "diverse_scores": scores.diverse_scores,
     "distinct_scores": scores.distinct_scores,
+    "relevance": relevance.relevance,
+    "determinant_scores": relevance.determinant_scores,
     "visionzip": merging.visionzip,
     "prumerge": merging.prumerge,
     "raters": guided.raters,
     "rater_scores": guided.rater_scores,
+    "rater_rank": guided.rater_rank,
+    "rank_tokens": guided.rank_tokens,
     "recycle_tokens": guided.recycle_tokens,
     "merge_tokens": guided.merge_tokens,
     "dart_scores": guided.dart_scores,
@@ -54,6 +72,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "crossget": tower.crossget,
     "cls_curve": tower.cls_curve,
     "padded_keys": tower.padded_keys,
+    "received_attention": fit.received_attention,
     "attention_statistics": statistics.attention_statistics,
     "activity": statistics.activity,
     "divergence": statistics.divergence,

@@ -69,16 +69,22 @@ def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Ten
     return softmaxed_rows(q, k, q_order, k_order, scale)[..., : k[0].shape[2]].contiguous()
 
 
-def softmaxed_rows(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
-    """Softmaxed rows fp32 [B, H, R, all keys]; one matmul a key stream, only scores are concatenated."""
+def softmaxed_rows(
+    q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float, visible: Tensor | None = None
+) -> Tensor:
+    """Softmaxed rows fp32 [B, H, R, all keys]; one matmul a key stream, only scores are concatenated.
+
+    visible: which keys a query sees, bool [B, R, all keys], where orders do not say it.
+    """
     batch, heads, rows, size = q.shape
     # Sizes are written out: with no query at all, -1 would be ambiguous.
     kv_heads = k[0].shape[1]
     groups = q.reshape(batch, kv_heads, heads // kv_heads * rows, size)
     scores = torch.cat([(groups @ x.transpose(2, 3)).float() for x in k], dim=3) * scale
     scores = scores.view(batch, heads, rows, scores.shape[3])
-    visible = torch.cat(k_order, 1)[:, None, None, :] <= q_order[:, None, :, None]
-    return scores.masked_fill(~visible, -math.inf).softmax(-1)
+    if visible is None:
+        visible = torch.cat(k_order, 1)[:, None, :] <= q_order[:, :, None]
+    return scores.masked_fill(~visible[:, None], -math.inf).softmax(-1)
 
 
 def _grouped(rows: Tensor, v: Tensor) -> Tensor:

@@ -69,6 +69,16 @@ def _distinct(row: Any, x: Tensor, keep: float, important: float, *rest: Any, **
     return 2 * images * width * distinct_pairs(n, keep, important)
 
 
+def _relevance(x: Tensor, *rest: Any, **also: Any) -> int:
+    return 2 * x.numel()
+
+
+def _determinant(x: Tensor, relevance: Any, keep: float, *rest: Any, **also: Any) -> int:
+    images, n, width = x.shape
+    picks = math.ceil(keep * n)
+    return images * n * picks * (2 * width + picks - 1)
+
+
 def _visionzip(row: Any, metric: Tensor, dominant: int, contextual: int, *rest: Any, **also: Any) -> int:
     images, n, width = metric.shape
     return 2 * images * width * contextual * (n - dominant - contextual)
@@ -137,12 +147,16 @@ FLOPS: dict[str, Callable[..., int]] = {
     "attention_row": _row,
     "attention_sums": _row,
     "neighbor_sums": _row,
+    "received_attention": _row,
     "diverse_scores": _diverse,
     "distinct_scores": _distinct,
+    "relevance": _relevance,
+    "determinant_scores": _determinant,
     "visionzip": _visionzip,
     "prumerge": _prumerge,
     "raters": _raters,
     "rater_scores": _rater_scores,
+    "rater_rank": _row,
     "merge_tokens": _merge,
     "cross_attention": _cross_attention,
     "mean_token": _mean,

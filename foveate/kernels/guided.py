@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from foveate.kernels.attention import softmaxed_rows
 from foveate.kernels.tokens import top_tokens
-from foveate.ops import PAD, cluster_count
+from foveate.ops import PAD, cluster_count, rank_width
 
 
 def raters(visual: Tensor, text: Tensor, visual_order: Tensor, text_order: Tensor) -> Tensor:
@@ -36,17 +36,48 @@ def recycle_tokens(
     scores: Tensor, order: Tensor, x: Tensor, whole: Tensor, keep: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`foveate::recycle_tokens`: rows one by one, since each has its own number of clusters."""
-    count = scores.shape[1]
     slots = math.floor(keep * whole.shape[1])
-    width = slots + cluster_count(count - slots)
+    best, best_order = top_tokens(scores, order, keep, whole)
+    stay = [row[real != PAD] for row, real in zip(best, best_order, strict=True)]
+    return _recycled(scores, order, x, stay, slots + cluster_count(scores.shape[1] - slots), True)
+
+
+def rater_rank(
+    q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], chosen: Tensor, scale: float
+) -> Tensor:
+    """`foveate::rater_rank`: rows of other tokens, and padded keys, are zero and do not count."""
+    rows = softmaxed_rows(q, k, q_order, k_order, scale)[..., : k[0].shape[2]].mean(1)
+    rows = rows.masked_fill(chosen[..., None] == 0, 0).double()
+    sides = torch.stack([chosen.sum(1).long(), (k_order[0] != PAD).sum(1)])
+    rank: Tensor = torch.linalg.matrix_rank(rows, rtol=sides.amax(0).double() * torch.finfo(torch.float32).eps)
+    return rank
+
+
+def rank_tokens(
+    scores: Tensor, order: Tensor, x: Tensor, rank: Tensor, text_order: Tensor, scale: float, recycle: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`foveate::rank_tokens`."""
+    stay = []
+    for row, real in enumerate(order != PAD):
+        places = real.nonzero()[:, 0]
+        count = len(places) - math.floor(scale * (len(places) - int(rank[row])))
+        best = scores[row, places].argsort(descending=True, stable=True)[:count]
+        stay.append(places[best].sort().values)
+    width = rank_width(order.shape[1], text_order.shape[1], scale, recycle)
+    return _recycled(scores, order, x, stay, width, recycle)
+
+
+def _recycled(
+    scores: Tensor, order: Tensor, x: Tensor, stays: list[Tensor], width: int, recycle: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the tokens at rising places that stay, and clusters of others."""
+    count = scores.shape[1]
     index = torch.zeros(len(scores), width, dtype=torch.int64, device=x.device)
     kept_order = torch.full_like(index, PAD)
     weights = torch.zeros(len(scores), width, count, dtype=torch.float32, device=x.device)
-    best, best_order = top_tokens(scores, order, keep, whole)
-    for row in range(len(scores)):
-        stay = best[row, best_order[row] != PAD]
+    for row, stay in enumerate(stays):
         gone = torch.ones_like(order[row], dtype=torch.bool).index_fill(0, stay, False) & (order[row] != PAD)
-        groups = _clusters(scores[row], x[row], gone)
+        groups = _clusters(scores[row], x[row], gone & recycle)
         chosen = torch.cat([stay, groups.centres]).sort().values
         index[row, : len(chosen)] = chosen
         kept_order[row, : len(chosen)] = order[row, chosen]

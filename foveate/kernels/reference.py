@@ -55,6 +55,50 @@ def attention_row(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Ten
     return rows[..., : k[0].shape[2]].float().contiguous()
 
 
+def received_attention(
+    q: Tensor,
+    k: list[Tensor],
+    q_order: Tensor,
+    k_order: list[Tensor],
+    behind: bool,
+    scale: float,
+    coords: Tensor | None = None,
+    radius: int = 0,
+    metric: str = "chebyshev",
+    causal: bool = False,
+) -> Tensor:
+    """`foveate::received_attention` pair by pair, from all weights."""
+    first = k[0].shape[2]
+    keys, orders = torch.cat(k, 2).repeat_interleave(q.shape[1] // k[0].shape[1], dim=1), torch.cat(k_order, 1)
+    found = torch.zeros(q.shape[0], first, dtype=torch.float64)
+    for b in range(q.shape[0]):
+        last = max((o for o in k_order[0][b].tolist() if o != PAD), default=PAD)
+        asked = [i for i, o in enumerate(q_order[b].tolist()) if o != PAD and (o > last or not behind)]
+        for i in asked:
+            own = int(q_order[b, i])
+            seen = [j for j, o in enumerate(orders[b].tolist()) if o <= own]
+            if coords is not None:
+                near = [j for j in range(first) if k_order[0][b, j] != PAD and (not causal or k_order[0][b, j] <= own)]
+                near = [j for j in near if _beside(coords[b, i], coords[b, j], own, k_order[0][b, j], radius, metric)]
+                seen = near + [j for j in seen if j >= first]
+            weights = (keys[b][:, seen].double() @ q[b, :, i, :, None].double() * scale).softmax(1)[..., 0]
+            for place, j in enumerate(seen):
+                if j < first:
+                    found[b, j] += weights[:, place].max() / len(asked)
+    return found.float()
+
+
+def _beside(here: Tensor, there: Tensor, own: int, other: Tensor, radius: int, metric: str) -> bool:
+    """Whether two tokens of an image lie within `radius`: image, row and column, and order, of both."""
+    (image, *a), (same, *b) = here.tolist(), there.tolist()
+    far = {
+        "chebyshev": max(abs(x - y) for x, y in zip(a, b, strict=True)),
+        "euclidean": math.dist(a, b),
+        "raster": abs(own - int(other)),
+    }
+    return bool(image == same and far[metric] <= radius)
+
+
 def top_tokens(scores: Tensor, order: Tensor, keep: float, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`foveate::top_tokens` row by row, by Python's own sort."""
     whole = order if whole is None else whole
@@ -94,6 +138,40 @@ def diverse_scores(x: Tensor, keep: float) -> Tensor:
             best = max((j for j in range(len(tokens)) if j not in picked), key=lambda j: (near[j], -j))
             picked.append(best)
             scores[row, best] = 1 - number / len(tokens)
+    return scores
+
+
+def relevance(x: Tensor, question: Tensor) -> Tensor:
+    """`foveate::relevance` token by token."""
+    found = torch.zeros(x.shape[:2])
+    for image, tokens in enumerate(x.double()):
+        values = [-float(token @ question[image].double() / token.norm()) for token in tokens]
+        for place, value in enumerate(values):
+            found[image, place] = (value - min(values) + 1e-6) / (max(values) - min(values) + 1e-6)
+    return found
+
+
+def determinant_scores(x: Tensor, relevance: Tensor | None, keep: float, theta: float | None = None) -> Tensor:
+    """`foveate::determinant_scores` from determinants in float64, each pick by trying all others."""
+    scores = torch.zeros(x.shape[:2])
+    for image, tokens in enumerate(x.double()):
+        r = torch.ones(len(tokens), dtype=torch.float64) if relevance is None else relevance[image].double()
+        r = r if theta is None else torch.exp(theta * r / (2 * (1 - theta)))
+        unit = tokens / tokens.norm(dim=1, keepdim=True)
+        similar = unit @ unit.T
+        picked: list[int] = []
+        new: list[int] = []
+        for number in range(math.ceil(keep * len(tokens))):
+            gains = {}
+            for j in (j for j in range(len(tokens)) if j not in picked):
+                # Relevance multiplies a determinant by its square, so the share that is new has none in it.
+                volumes = [float(torch.linalg.det(similar[group][:, group])) for group in ([*new, j], new) if group]
+                share = volumes[0] / volumes[1] if new else 1.0
+                gains[j] = float(r[j] ** 2) * share if share >= 1e-5 else 0.0
+            best = max(gains, key=lambda j: (gains[j], -j))
+            new += [best] if gains[best] > 0 else []
+            picked.append(best)
+            scores[image, best] = 1 - number / len(tokens)
     return scores
 
 

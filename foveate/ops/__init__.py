@@ -15,7 +15,18 @@ from foveate.ops.core import (
     residual,
     varlen_attention,
 )
-from foveate.ops.guided import cluster_count, dart_scores, merge_tokens, rater_scores, raters, recycle_tokens
+from foveate.ops.fit import received_attention
+from foveate.ops.guided import (
+    cluster_count,
+    dart_scores,
+    merge_tokens,
+    rank_tokens,
+    rank_width,
+    rater_rank,
+    rater_scores,
+    raters,
+    recycle_tokens,
+)
 from foveate.ops.kv import (
     attention_sums,
     heavy_recent_count,
@@ -27,6 +38,7 @@ from foveate.ops.kv import (
 )
 from foveate.ops.learned import cross_attention, decide, mean_token, weighted_attention
 from foveate.ops.library import BLOCK, FEW_QUERIES, LIBRARY, PAD
+from foveate.ops.relevance import determinant_scores, relevance
 from foveate.ops.selection import attention_row, grid_scores, places, random_scores, take_tokens, top_tokens
 from foveate.ops.statistics import activity, attention_statistics, divergence
 from foveate.ops.tower import cls_curve, crossget, join_tokens, padded_keys, received, tome
@@ -50,6 +62,7 @@ __all__ = [
     "crossget",
     "dart_scores",
     "decide",
+    "determinant_scores",
     "distinct_pairs",
     "distinct_scores",
     "divergence",
@@ -68,10 +81,15 @@ __all__ = [
     "places",
     "prumerge",
     "random_scores",
+    "rank_tokens",
+    "rank_width",
+    "rater_rank",
     "rater_scores",
     "raters",
     "received",
+    "received_attention",
     "recycle_tokens",
+    "relevance",
     "residual",
     "snapkv_tokens",
     "take_keys",

@@ -60,6 +60,44 @@ def _recycle_tokens(
     return index, torch.empty_like(index), scores.new_empty(batch, width, count)
 
 
+LIBRARY.define(
+    "rater_rank(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, Tensor chosen, float scale) -> Tensor"
+)
+rater_rank = torch.ops.foveate.rater_rank.default
+"""The rank of what chosen queries pay to the first key stream, mean over heads: int64 [B]; arguments as `rater_scores`.
+
+Singular values in fp64 count when they are above the largest, times the larger side of the matrix without padding,
+times the spacing of fp32 at 1."""
+
+
+@fake("rater_rank")
+def _rater_rank(
+    q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], chosen: Tensor, scale: float
+) -> Tensor:
+    return q.new_empty(q.shape[0], dtype=torch.int64)
+
+
+LIBRARY.define(
+    "rank_tokens(Tensor scores, Tensor order, Tensor x, Tensor rank, Tensor text_order, float scale, bool recycle)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+rank_tokens = torch.ops.foveate.rank_tokens.default
+"""As `recycle_tokens`, where of a row's n_b tokens floor(scale * (n_b - rank_b)) go (SparseVLM, section 3.3).
+
+rank int64 [B], at most the text tokens, order [B, m], that asked: k is what the largest such rank would leave of n, and
+clusters; slots left over point at token 0 with order `PAD`. Without `recycle` there are no clusters."""
+
+
+@fake("rank_tokens")
+def _rank_tokens(
+    scores: Tensor, order: Tensor, x: Tensor, rank: Tensor, text_order: Tensor, scale: float, recycle: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count = order.shape
+    width = rank_width(count, text_order.shape[1], scale, recycle)
+    index = order.new_empty(batch, width)
+    return index, torch.empty_like(index), scores.new_empty(batch, width, count)
+
+
 LIBRARY.define("merge_tokens(Tensor x, Tensor weights) -> Tensor")
 merge_tokens = torch.ops.foveate.merge_tokens.default
 """Weighted sums of tokens: x [B, n, D], weights [B, k, n] -> [B, k, D]."""
@@ -95,6 +133,12 @@ def _dart_scores(
     pivots: int,
 ) -> Tensor:
     return x.new_empty(order.shape, dtype=torch.float32)
+
+
+def rank_width(count: Any, text: Any, scale: float, recycle: bool) -> Any:
+    """Tokens that `rank_tokens` has room for: a rank is at most the number of text tokens (also symbolic numbers)."""
+    gone = math.floor(scale * (count - torch.sym_min(count, text)))
+    return count - gone + (cluster_count(gone) if recycle else 0)
 
 
 def cluster_count(gone: Any) -> Any:

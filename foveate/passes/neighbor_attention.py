@@ -102,6 +102,8 @@ class NeighborAttention(Pass):
                 scale=old.scale,
             )
             edit.replace(node, edit.call(ops.neighbor_attention, *new.args, about=about))
+        for score in [user for user in new.q.users if user.target == ops.received_attention]:
+            edit.set_args(score, new.received)
 
 
 def _ranges(layers: list[int]) -> str:

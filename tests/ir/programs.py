@@ -45,6 +45,9 @@ PIPELINES = (
     "tome{merge=4},divprune{keep=0.6}",
     "crossget{merge=5}",
     "sparsevlm{layers=[0,1],keeps=[0.3,0.1]}",
+    "sparsevlm{layers=[0,1],counts=rank,scale=0.5}",
+    "neighbor-attention{radius=1,layers=[1]},fitprune{schedule=[3,5,0]}",
+    "cdpruner{keep=0.5,clip=none}",
     "dart{layer=1,keep=0.5}",
     "drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons{keep=0.5},fastv{layer=1,keep=0.5},"
     "cut-visual{from_layer=2}",

@@ -39,8 +39,17 @@ def clusters(points: Tensor, count: int) -> dict[int, list[int]]:
     return found
 
 
-def sparsevlm(keep: float, of: int, recycle: bool = True) -> Choice:
-    """floor(keep * visual tokens that reach layer `of`) by the raters, and clusters of others."""
+def rank(rows: Tensor) -> int:
+    """Of [R, n]: the singular values that stand above rounding in fp32."""
+    values = torch.linalg.svdvals(rows.double()).tolist()
+    return sum(v > max(values) * max(rows.shape) * 2**-23 for v in values)
+
+
+def sparsevlm(keep: float, of: int, recycle: bool = True, scale: float | None = None) -> Choice:
+    """floor(keep * visual tokens that reach layer `of`) by the raters, and clusters of others.
+
+    scale: all but floor(scale * (alive tokens - rank of what the raters pay to them)) instead.
+    """
 
     def choice(before: Before) -> tuple[Tensor, Tensor | None]:
         chosen = torch.zeros_like(before.alive)
@@ -53,6 +62,10 @@ def sparsevlm(keep: float, of: int, recycle: bool = True) -> Choice:
             score = before.weights[row][:, asking].mean((0, 1)) if asking else torch.zeros(before.hidden.shape[1])
             ranked = sorted(alive, key=lambda j: (-float(score[j]), j))
             stay = ranked[: math.floor(keep * int(before.reaching[of][row].sum()))]
+            if scale is not None:
+                rows = before.weights[row][:, asking][..., alive].mean(0)
+                gone = math.floor(scale * (len(alive) - (rank(rows) if asking and alive else 0)))
+                stay = ranked[: len(alive) - gone]
             chosen[row, stay] = True
             gone = ranked[len(stay) :]
             if not recycle or not gone:

@@ -6,6 +6,7 @@ An image's tokens are `Tokens`: features that the projector is given, and the pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,26 @@ def divprune(model: Any, tokens: list[Tokens], keep: float) -> list[Tokens]:
     for x in tokens:
         (places,) = best(reference.diverse_scores(x.features[None], keep), keep)
         found.append(Tokens(x.features[places], [x.source[j] for j in places]))
+    return found
+
+
+def cdpruner(
+    model: Any, seen: Seen, keep: float, clip: Any, questions: Tensor | None, theta: float | None = None
+) -> list[Tokens]:
+    """CDPruner: a greedy walk over determinants of relevance times likeness; clip: the `CLIPModel` of the tower."""
+    found = []
+    for image, features in enumerate(seen.features):
+        (whole,) = projected(model, [Tokens(features[1:], list(range(len(features) - 1)))])
+        relevance = torch.ones(1, len(whole.source))
+        if questions is not None:
+            own = clip.visual_projection(clip.vision_model.post_layernorm(features[1:].float()))
+            cosine = torch.nn.functional.normalize(own, dim=-1) @ questions[image]
+            values = -cosine
+            relevance = ((values - values.min() + 1e-6) / (values.max() - values.min() + 1e-6))[None]
+        scores = reference.determinant_scores(whole.features[None].detach(), relevance.detach(), keep, theta)[0]
+        ranked = sorted(range(len(whole.source)), key=lambda j: (-float(scores[j]), j))
+        places = sorted(ranked[: math.floor(keep * len(whole.source))])
+        found.append(Tokens(whole.features[places], places))
     return found
 
 

@@ -241,5 +241,7 @@ def test_places_where_tokens_cannot_be_selected(gqa: Any, tmp_path: Path) -> Non
             optimize(gqa, passes)
     with pytest.raises(PassError, match="cannot be shared out to 8 heads"):
         foveate.optimize(random_llava(layers=2, hidden=12, heads=2), [LVPruning(layers=(1,), modules=path)])
+    with pytest.raises(PassError, match="this model has one layer"):
+        foveate.optimize(random_llava(layers=1), [SmartTrim(modules=path)])
     with pytest.warns(foveate.errors.FoveateWarning, match="every share is 1"):
         optimize(gqa, [LVPruning(layers=(1, 2), ratio=1.0, step=0, modules=path)])

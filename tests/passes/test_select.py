@@ -78,6 +78,32 @@ def test_sparsevlm_behind_another_selection(gqa: Any) -> None:
     check_pass(gqa, [SparseVLM((1, 2), keeps=(0.6, 0.1)), FastV(1, 0.9)], masks, FEW[1:2])
 
 
+@pytest.mark.parametrize("recycle", [True, False])
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_sparsevlm_by_rank(model: Any, recycle: bool, scale: float) -> None:
+    one = SparseVLM((0, 1, 2), recycle=recycle, counts="rank", scale=scale)
+    by = (Prune(layer + 1, 1.0, "by", by=guided.sparsevlm(1.0, 1, recycle, scale)) for layer in (0, 1, 2))
+    optimized = check_pass(model, [one], Masks(prunes=tuple(by)), FEW)
+    with torch.inference_mode():
+        kept = optimized(**random_inputs(model, batch=2, images=3, text_tokens=17)).kept
+    # Fewer places than tokens that reached the stage, more than tokens: the rest is padding.
+    assert all(48 > places.shape[1] > 0 for places in kept.values())
+    assert sorted(kept) == [1, 2, 3]
+
+
+def test_sparsevlm_by_rank_with_everything_else(gqa: Any) -> None:
+    mask = torch.ones(LAYERS, HEADS, dtype=torch.bool)
+    mask[1:, 1:3] = False
+    one = SparseVLM((1,), counts="rank", scale=0.6, recycle=False)
+    prunes = (Prune(1, 0.9, "fastv"), Prune(2, 1.0, "by", by=guided.sparsevlm(1.0, 1, False, 0.6)))
+    masks = Masks(cut_from=3, heads=mask, prunes=prunes)
+    for passes in (
+        [DropVisualHeads(mask=mask, from_layer=1), FastV(1, 0.9), one, CutVisual(3)],
+        [one, FastV(1, 0.9), DropVisualHeads(mask=mask, from_layer=1), CutVisual(3)],
+    ):
+        check_pass(gqa, passes, masks, FEW[:2])
+
+
 def test_sparsevlm_when_clusters_are_many() -> None:
     wide = random_llava(layers=2, visual_tokens=64, seed=3)
     check_pass(wide, [SparseVLM((0,), keeps=(0.1,))], by_raters((0,), (0.1,)), FEW[:2])
@@ -164,6 +190,11 @@ BAD = {
     "sparsevlm": "behind layer 15 there is none; allowed: 0 to 2",
     "sparsevlm{layers=[2,1]}": "layer numbers that rise",
     "sparsevlm{budget=100}": "192, 128, 64",
+    "sparsevlm{layers=[1],counts=rank}": "above 0, at most 1",
+    "sparsevlm{layers=[1],counts=rank,scale=2}": "above 0, at most 1",
+    "sparsevlm{layers=[1],counts=rank,scale=0.5,keeps=[0.5]}": "they belong to counts=code",
+    "sparsevlm{layers=[1],counts=few}": "code, rank",
+    "sparsevlm{layers=[1],keeps=[0.5],scale=0.5}": "none but with counts=rank",
     "sparsevlm{layers=[1],keeps=[0.5,0.2]}": "1 shares above 0",
     "sparsevlm{layers=[0,1],keeps=[0.2,0.5]}": "do not rise",
     "fastv{layer=2},sparsevlm{layers=[1],keeps=[0.5]}": "already selected before layer 2",

@@ -17,7 +17,7 @@ import foveate.ir.cost
 from foveate.errors import FoveateWarning, InputError, PassError
 from foveate.models.random import random_inputs, random_llava
 from foveate.passes import CLSCurve, CrossGET, CutVisual, DivPrune, DropVisualHeads, FastV, NeighborAttention, ToMe
-from foveate.passes.select.tome import merges, shares
+from foveate.passes.select.tome import merges
 from tests.oracle import tower, vision
 from tests.oracle.masked import masked_forward
 from tests.oracle.masks import Masks, Neighbors, Prune
@@ -229,6 +229,15 @@ def test_the_towers_second_graph_runs_on_the_largest_count(deep: Any) -> None:
     assert widths == [max(counts), *counts]
 
 
+def test_a_batch_without_an_image(deep: Any) -> None:
+    inputs = random_inputs(deep, images=0)
+    none = random_inputs(deep)["pixel_values"][:0]
+    for pipeline in ("tome{merge=3}", "crossget{merge=3}", "cls-curve{layer=2}"):
+        with torch.inference_mode():
+            found = optimize(deep, pipeline)(**inputs, pixel_values=none).logits[:, 0]
+            torch.testing.assert_close(found, deep(**inputs).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
 def test_one_patch_is_kept_whatever_the_curve() -> None:
     model = random_llava(layers=2, visual_tokens=1)
     inputs = random_inputs(model)
@@ -238,13 +247,13 @@ def test_one_patch_is_kept_whatever_the_curve() -> None:
 
 
 def test_schedules() -> None:
-    assert shares(23 * 16, 23, "constant") == [16] * 23
-    falling = shares(23 * 16, 23, "decreasing")
+    assert merges(16, 576, 23) == [16] * 23
+    falling = merges(16, 576, 23, "decreasing")
     assert (sum(falling), falling[0], falling[-1]) == (23 * 16, 32, 0)
     assert all(a >= b - 1 for a, b in itertools.pairwise(falling))
-    assert shares(10, 4, "constant") == [2, 3, 2, 3]
-    assert shares(5, 1, "decreasing") == [5]
-    assert merges(16, [9, 9, 9, 9]) == [8, 4, 2, 1] and merges(1, [3, 3]) == [0, 0]
+    assert merges(0.1, 100, 4) == [2, 3, 2, 3]
+    assert merges(5, 100, 1, "decreasing") == [5]
+    assert merges(9, 16, 4) == [8, 4, 2, 1] and merges(3, 1, 2) == [0, 0]
 
 
 BAD = {

@@ -247,6 +247,16 @@ def _distinct(node: fx.Node, sizes: Sizes) -> int:
     return int(2 * images * width * ops.distinct_pairs(count, keep, important))
 
 
+def _relevance(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * sizes.numel(args_of(node)[0])
+
+
+def _determinant(node: fx.Node, sizes: Sizes) -> int:
+    images, count, width = sizes.shape(args_of(node)[0])
+    picks = math.ceil(float(args_of(node)[2]) * count)
+    return images * count * picks * (2 * width + picks - 1)
+
+
 def _visionzip(node: fx.Node, sizes: Sizes) -> int:
     _, metric, dominant, contextual = args_of(node)
     images, count, width = sizes.shape(metric)
@@ -311,12 +321,16 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.attention_row: _row,
     ops.attention_sums: _row,
     ops.neighbor_sums: _row,
+    ops.received_attention: _row,
     ops.diverse_scores: _diverse,
     ops.distinct_scores: _distinct,
+    ops.relevance: _relevance,
+    ops.determinant_scores: _determinant,
     ops.visionzip: _visionzip,
     ops.prumerge: _prumerge,
     ops.raters: _raters,
     ops.rater_scores: _rater_scores,
+    ops.rater_rank: _row,
     ops.merge_tokens: _merge,
     ops.cross_attention: _cross_attention,
     ops.mean_token: _mean,

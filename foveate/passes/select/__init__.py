@@ -1,6 +1,7 @@
 """Selecting visual tokens, one method a file: in the decoder on `selector`, in the vision tower on `vision`."""
 
 from foveate.passes.select.average_pool import AveragePool
+from foveate.passes.select.cdpruner import CDPruner
 from foveate.passes.select.cls_curve import CLSCurve
 from foveate.passes.select.crossget import CrossGET
 from foveate.passes.select.dart import DART
@@ -8,6 +9,7 @@ from foveate.passes.select.divprune import DivPrune
 from foveate.passes.select.dynamicvit import DynamicViT
 from foveate.passes.select.fastervlm import FasterVLM
 from foveate.passes.select.fastv import FastV
+from foveate.passes.select.fitprune import FitPrune
 from foveate.passes.select.grid_prune import GridPrune
 from foveate.passes.select.lvpruning import LVPruning
 from foveate.passes.select.prumerge import PruMerge
@@ -23,12 +25,14 @@ from foveate.passes.select.vispruner import VisPruner
 __all__ = [
     "DART",
     "AveragePool",
+    "CDPruner",
     "CLSCurve",
     "CrossGET",
     "DivPrune",
     "DynamicViT",
     "FastV",
     "FasterVLM",
+    "FitPrune",
     "GridPrune",
     "LVPruning",
     "PruMerge",

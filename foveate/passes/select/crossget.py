@@ -25,13 +25,12 @@ from torch import Tensor, fx, nn
 
 from foveate import ops
 from foveate.errors import PassError
-from foveate.ir.program import NodeInfo, args_of
+from foveate.ir.program import args_of
 from foveate.ir.rewriter import Rewriter, shape
-from foveate.ir.tail import END
-from foveate.ir.tower_layers import Layer, Merger, layers_of
+from foveate.ir.tower_layers import Merger, layers_of, renew_last
 from foveate.ir.vision import Tower, aten
-from foveate.passes.base import Pass, Skipped, count_of
-from foveate.passes.select.tome import merges, shares
+from foveate.passes.base import Pass, Skipped
+from foveate.passes.select.tome import merges
 from foveate.passes.select.vision import kept_text
 
 VECTORS = "foveate.crossget.vectors"
@@ -64,14 +63,13 @@ class CrossGET(Pass):
         tower = Tower(edit, self.name)
         layers = layers_of(tower)
         whole = edit.program.info.tokens_per_image
-        total = count_of(self.merge, whole) * (1 if isinstance(self.merge, float) else len(layers))
-        going = merges(whole, shares(total, len(layers), "constant"))
+        going = merges(self.merge, whole, len(layers))
         if not any(going):
             raise Skipped(f"merge={self.merge} merges no token of {whole} in {len(layers)} layers")
         vectors = None if self.vectors is None else self._vectors(edit, len(layers), int(shape(layers[0].entering)[2]))
         merger: Merger | None = None
         for layer, merge in zip(layers, going, strict=True):
-            _renew(edit, layer, vectors, first=layer is layers[0])
+            renew_last(edit, layer, vectors, first=layer is layers[0])
             merger = merger or Merger(tower, layers)
             merger.weigh(layer)
             if merge:
@@ -108,19 +106,3 @@ class CrossGET(Pass):
                 tower.become(tower.tokens, tower.call(aten.cat.default, [left, nowhere], 1))
             else:
                 tower.become(tower.call(aten.slice.Tensor, tower.tokens, 1, 0, -1), left)
-
-
-def _renew(edit: Rewriter, layer: Layer, vectors: fx.Node | None, first: bool) -> None:
-    """Put the cross token of a layer at the end of what enters it."""
-    about = NodeInfo(layer.number, "cross")
-    x, readers = layer.entering, list(layer.entering.users)
-    with edit.after(x):
-        start, others = (0, x) if first else (-1, edit.call(aten.slice.Tensor, x, 1, 0, -1, about=about))
-        cross = edit.call(aten.slice.Tensor, x, 1, start, 1 if first else END, about=about)
-        cross = edit.call(aten.detach.default, cross, about=about)
-        if vectors is not None:
-            vector = edit.call(aten.slice.Tensor, vectors, 0, layer.number, layer.number + 1, about=about)
-            cross = edit.call(aten.add.Tensor, cross, vector, about=about)
-        new = edit.call(aten.cat.default, [others, cross], 1, about=about)
-    edit.replace(x, new, where=readers.__contains__)
-    edit.refresh()

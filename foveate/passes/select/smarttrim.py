@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from foveate.errors import PassError
 from foveate.ir.modules import Shapes
 from foveate.ir.program import ModelInfo
 from foveate.passes.select.learned import LearnedSelection, Stage
@@ -46,6 +47,8 @@ class SmartTrim(LearnedSelection):
 
     def stages(self, about: ModelInfo) -> tuple[int, ...]:
         """As given, or all but the first layer."""
+        if not self.layers and about.layers < 2:
+            raise PassError(f"{self.name}: this model has one layer; say layers=[0] to select before it")
         return super().stages(about) if self.layers else tuple(range(1, about.layers))
 
     def shapes(self, about: ModelInfo) -> Shapes:

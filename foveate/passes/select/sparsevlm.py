@@ -5,7 +5,9 @@
     layer l + 1 reads h.visual [n]       s = rows of the raters in layer l, mean over them and over heads
                                          layer l + 1 reads best s [floor(keep * N)], and clusters of the best that go
 
-SparseVLM (arXiv 2410.04417, section 3), with the fixed counts of its code. Positions are kept, and a cluster stands
+SparseVLM (arXiv 2410.04417, section 3), with the fixed counts of its code, or those of its text: what goes is a share
+of n - rank(rows of the raters). They depend on the image, so that room is kept for all that a rank as large as the
+number of text tokens would leave, and the rest is padding. Positions are kept, and a cluster stands
 where its peak stood: the code numbers positions anew and puts clusters behind the tokens that stay.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -22,7 +24,15 @@ from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import NodeInfo
 from foveate.ir.rewriter import Rewriter
-from foveate.ir.select import first_of_layer, hidden_into, keep_tokens, live_into, visual_order_at
+from foveate.ir.select import (
+    first_of_layer,
+    hidden_into,
+    keep_tokens,
+    live_into,
+    padded_from,
+    take_chosen,
+    visual_order_at,
+)
 from foveate.passes.base import Pass, number
 from foveate.passes.select.selector import check_selection
 
@@ -37,8 +47,9 @@ class SparseVLM(Pass):
     """Behind the i-th of `layers`, floor(keeps[i] * N) of the N visual tokens that reach it stay, and some clusters.
 
     N are those that reach the first stage. layers: rising. budget: 192, 128 or 64, the counts of the paper's code in
-    576; keeps: shares that fall, instead.
-    recycle: whether there are clusters.
+    576; keeps: shares that fall, instead. counts=rank: of the n that are left, floor(scale * (n - rank)) go instead,
+    where rank is that of the attention that the raters pay; scale: above 0, up to 1. recycle: whether there are
+    clusters.
     """
 
     name: ClassVar[str] = "sparsevlm"
@@ -48,16 +59,25 @@ class SparseVLM(Pass):
     budget: int = 192
     keeps: tuple[float, ...] | None = None
     recycle: bool = True
+    counts: Literal["code", "rank"] = "code"
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         self.require_layers("layers", "[2, 6, 15]", some=True)
         self.as_tuple("keeps")
         self.require(self.budget in BUDGETS, "budget", ", ".join(map(str, BUDGETS)))
+        self.require(isinstance(self.recycle, bool), "recycle", "true or false")
+        self.require(self.counts in ("code", "rank"), "counts", "code, rank")
+        if self.counts == "rank":
+            self.require(number(self.scale) and 0 < (self.scale or 0) <= 1, "scale", "above 0, at most 1")
+            if self.keeps is not None or self.budget != SparseVLM.budget:
+                raise PassError(f"{self.name}: budget and keeps have no meaning here; they belong to counts=code")
+            return
+        self.require(self.scale is None, "scale", "none but with counts=rank")
         keeps = self.shares()
         falling = isinstance(keeps, tuple) and all(number(x) and 0 < x <= 1 for x in keeps)
         falling = falling and list(keeps) == sorted(keeps, reverse=True) and len(keeps) == len(self.layers)
         self.require(falling, "keeps", f"{len(self.layers)} shares above 0 that do not rise, one a layer")
-        self.require(isinstance(self.recycle, bool), "recycle", "true or false")
 
     def shares(self) -> tuple[float, ...]:
         """The share of all visual tokens that stays behind each stage."""
@@ -79,23 +99,29 @@ class SparseVLM(Pass):
         streams = [hidden_into(edit, 0), inputs["text"], visual_order_at(edit.graph, 0), inputs["text_order"]]
         with edit.before(first_of_layer(edit.graph, 0)):
             raters = edit.call(ops.raters, *streams, about=about)
-        for layer, keep in zip(self.layers, self.shares(), strict=True):
-            self._stage(edit, layer, float(keep), raters, reach)
-            yield f"behind layer {layer}: floor({keep:.4g} x visual tokens) kept by the attention of text tokens"
+        for stage, layer in enumerate(self.layers):
+            if self.scale is not None:
+                self._stage(edit, layer, None, raters, reach)
+                yield f"behind layer {layer}: floor({self.scale:.4g} x (visual tokens - rank)) go by text's attention"
+            else:
+                keep = float(self.shares()[stage])
+                self._stage(edit, layer, keep, raters, reach)
+                yield f"behind layer {layer}: floor({keep:.4g} x visual tokens) kept by the attention of text tokens"
 
-    def _stage(self, edit: Rewriter, layer: int, keep: float, raters: fx.Node, reach: fx.Node) -> None:
+    def _stage(self, edit: Rewriter, layer: int, keep: float | None, raters: fx.Node, reach: fx.Node) -> None:
         graph = edit.graph
         seen = Attention.of(next(n for n in attentions(graph, layer, "text") if looks_at_visual(n)))
         live, hidden = live_into(graph, layer + 1), hidden_into(edit, layer + 1)
+        rows = seen.q[0], seen.k, seen.q_order[0], seen.k_order, raters, seen.scale
+        about, order = NodeInfo(layer + 1, "select", "visual", self.name), visual_order_at(graph, layer + 1)
+        merged = hidden if self.recycle else None
         with edit.before(first_of_layer(graph, layer + 1)):
-            scores = edit.call(
-                ops.rater_scores,
-                seen.q[0],
-                seen.k,
-                seen.q_order[0],
-                seen.k_order,
-                raters,
-                seen.scale,
-                about=NodeInfo(layer + 1, "select", "visual", self.name),
-            )
-        keep_tokens(edit, layer + 1, scores, keep, live, reach, hidden if self.recycle else None)
+            scores = edit.call(ops.rater_scores, *rows, about=about)
+            if keep is not None:
+                keep_tokens(edit, layer + 1, scores, keep, live, reach, merged)
+                return
+            rank = edit.call(ops.rater_rank, *rows, about=about.with_(stream="none"))
+            limits = rank, seen.q_order[0], self.scale, self.recycle
+            chosen = edit.call(ops.rank_tokens, scores, order, hidden, *limits, about=about)
+        take_chosen(edit, layer + 1, chosen, live, merged)
+        padded_from(edit, layer + 1)

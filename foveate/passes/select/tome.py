@@ -56,8 +56,7 @@ class ToMe(Pass):
         tower = Tower(edit, self.name)
         layers = layers_of(tower)
         whole = edit.program.info.tokens_per_image
-        total = count_of(self.merge, whole) * (1 if isinstance(self.merge, float) else len(layers))
-        going = merges(whole, shares(total, len(layers), self.schedule))
+        going = merges(self.merge, whole, len(layers), self.schedule)
         if not any(going):
             raise Skipped(f"merge={self.merge} merges no token of {whole} in {len(layers)} layers")
         last = max(number for number, merge in enumerate(going) if merge)
@@ -74,16 +73,15 @@ class ToMe(Pass):
         yield f"in the vision tower: {kept_text(edit)} visual tokens an image are left, {sum(going)} merged on the way"
 
 
-def shares(total: int, layers: int, schedule: str) -> list[int]:
-    """How many of `total` tokens to merge in each layer; sums are rounded down, so that nothing gets lost."""
+def merges(merge: float, tokens: int, layers: int, schedule: str = "constant") -> list[int]:
+    """How many of an image's tokens each layer merges: at most half of those that it has.
+
+    merge: a number a layer, or a share of all; sums over layers are rounded down, so that nothing gets lost.
+    """
+    total = count_of(merge, tokens) * (1 if isinstance(merge, float) else layers)
     parts = [layers - 1 - n if schedule == "decreasing" and layers > 1 else 1 for n in range(layers)]
     ends = [total * sum(parts[:n]) // sum(parts) for n in range(layers + 1)]
-    return [after - before for before, after in itertools.pairwise(ends)]
-
-
-def merges(tokens: int, wanted: list[int]) -> list[int]:
-    """The same, where no layer can merge more than half of the tokens that it has."""
     found: list[int] = []
-    for merge in wanted:
-        found.append(min(merge, (tokens - sum(found)) // 2))
+    for before, after in itertools.pairwise(ends):
+        found.append(min(after - before, (tokens - sum(found)) // 2))
     return found
