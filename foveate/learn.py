@@ -77,9 +77,9 @@ class Learner(OptimizedModel):
         return [name for name in self.program.weights.names if name.startswith(stems)]
 
     def modules_now(self, trained: Mapping[str, Any] | None = None) -> Modules:
-        """The modules as they are, to be saved; trained: how they came to be."""
+        """A copy of the modules as they are, to be saved; trained: how they came to be."""
         stem = len(self.selection.name) + 1
-        tensors = {name[stem:]: self.program.weights.get(name).detach() for name in self.own}
+        tensors = {name[stem:]: self.program.weights.get(name).detach().clone() for name in self.own}
         return Modules(self.selection.name, shape_of(self.program.info), self.stages, tensors, dict(trained or {}))
 
     def noise(self, layer: int, shape: torch.Size, device: torch.device) -> Tensor:

@@ -208,10 +208,10 @@ def _trainer(terms: Callable[[], dict[str, float]] | None) -> Any:
 
 
 def _vision_weights(model: OptimizedModel) -> list[torch.nn.Parameter]:
-    """Parameters that the vision graph reads and no other does."""
-    graphs = model.program.graphs
-    read = {name: {str(n.target) for n in graph.nodes if n.op == "get_attr"} for name, graph in graphs.items()}
-    values = [model.weights.get(name) for name in sorted(read["vision"] - read["prefill"])]
+    """Parameters that the vision tower's graphs read and no other does."""
+    program = model.program
+    seen = {str(n.target) for graph in program.tower.values() for n in graph.nodes if n.op == "get_attr"}
+    values = [model.weights.get(name) for name in sorted(seen - {str(n.target) for n in program.prefill.nodes})]
     return [value for value in values if isinstance(value, torch.nn.Parameter)]
 
 

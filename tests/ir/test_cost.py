@@ -70,6 +70,8 @@ COUNTED = {
         "varlen_attention",
         "attention_row",
         "received_attention",
+        "attention_sums",
+        "neighbor_sums",
         "diverse_scores",
         "distinct_scores",
         "relevance",

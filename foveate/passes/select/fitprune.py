@@ -73,10 +73,11 @@ class FitPrune(Pass):
             raise Skipped(f"no token is to be deleted before the last layer that sees the image, {end}")
         reach = visual_order_at(edit.graph, stages[0] + 1)
         left = [about.tokens_per_image]
-        for layer, count in enumerate(counts):
-            left.append(left[-1] - (count if layer in stages else 0))
-            if layer in stages:
-                self._stage(edit, layer, left[-1] / left[0], reach)
+        with edit.refreshed_once():
+            for layer, count in enumerate(counts):
+                left.append(left[-1] - (count if layer in stages else 0))
+                if layer in stages:
+                    self._stage(edit, layer, left[-1] / left[0], reach)
         share = visual_share(about, torch.tensor([left]))
         deleted = ", ".join(map(str, counts[: stages[-1] + 1]))
         yield f"layers from 0 on delete {deleted} of {left[0]} visual tokens; {share:.1%} of their multiply-adds stay"
