@@ -50,11 +50,11 @@ def observe(program: Program, tokens: bool = False) -> Program:
     copy = program.copy()
     edit = Rewriter(copy, copy.prefill, by="observe")
     dense = list(edit.graph.nodes)
-    found = [_observe_layer(edit, layer) for layer in range(copy.info.layers)]
-    for layer, values in enumerate(found):
-        values.append(_observe_cut(edit, dense, layer))
-        if tokens:
-            values += _observe_tokens(edit, layer)
+    layers = range(copy.info.layers)
+    found = [_observe_layer(edit, layer) for layer in layers]
+    received = [_observe_tokens(edit, layer) if tokens else [] for layer in layers]
+    for layer in layers:
+        found[layer] += [_observe_cut(edit, dense, layer), *received[layer]]
     edit.output({**outputs(edit.graph), "statistics": found})
     edit.sweep()
     return copy

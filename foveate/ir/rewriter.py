@@ -40,7 +40,6 @@ class Rewriter:
         self.statistics = statistics
         self.events: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
-        self._refreshes = True
 
     @property
     def changed(self) -> bool:
@@ -142,18 +141,8 @@ class Rewriter:
         node.meta["val"] = self._evaluate(node.target, args, node.kwargs)
         self.events["changed"] += 1
 
-    @contextmanager
-    def refreshed_once(self) -> Iterator[None]:
-        """Of several edits that each ask for new shapes only the end computes them; until then shapes are old ones."""
-        self._refreshes = False
-        yield
-        self._refreshes = True
-        self.refresh()
-
     def refresh(self, layer: int | None = None) -> None:
         """Recompute shapes from the inputs on (of one layer's nodes only), after arguments changed size."""
-        if not self._refreshes:
-            return
         for node in self.graph.nodes:
             if layer is not None and info(node).layer != layer:
                 continue

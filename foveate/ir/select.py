@@ -89,25 +89,28 @@ def made_in(layer: int, values: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def live_behind(graph: fx.Graph, layer: int, done: list[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, list[fx.Node]]]:
-    """What `layer` computes without looking at `done`, nodes of it, and `done` itself; and what lives beyond that.
+def part_behind(edit: Rewriter, layer: int, done: list[fx.Node]) -> tuple[fx.Node, dict[fx.Node, list[fx.Node]]]:
+    """Put what `layer` computes without looking at `done`, nodes of it, and `done` itself before all that looks there.
 
-    The second is as `live_into`, where tokens are selected behind `done`: the output is no user, so that the cache
-    holds what the layer's attention saw.
+    Returns the first node that does, and what lives from there on: as `live_into`, where tokens are selected behind
+    `done`. The output is no user, so that the cache holds what the layer's attention saw.
     """
-    behind: set[fx.Node] = set()
+    graph = edit.graph
+    behind: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if any(source in behind or source in done for source in node.all_input_nodes):
-            behind.add(node)
-    before = {n for n in graph.nodes if n.op == "call_function" and info(n).layer == layer and n not in behind}
+            behind[node] = None
+    before = [n for n in graph.nodes if n.op == "call_function" and info(n).layer == layer and n not in behind]
+    start, early = next(iter(behind)), set(before)
+    edit.hoist(before, start)
     live: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        made = info(node).layer < layer or node in before
+        made = info(node).layer < layer or node in early
         if made and info(node).stream == "visual" and isinstance(node.meta["val"], Tensor):
-            users = [u for u in node.users if u.op == "call_function" and info(u).layer >= layer and u not in before]
+            users = [u for u in node.users if u.op == "call_function" and info(u).layer >= layer and u not in early]
             if users:
                 live[node] = users
-    return [n for n in graph.nodes if n in before], live
+    return start, live
 
 
 def live_beside(graph: fx.Graph, layer: int, needed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

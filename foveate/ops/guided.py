@@ -84,8 +84,9 @@ LIBRARY.define(
 rank_tokens = torch.ops.foveate.rank_tokens.default
 """As `recycle_tokens`, where of a row's n_b tokens floor(scale * (n_b - rank_b)) go (SparseVLM, section 3.3).
 
-rank int64 [B], at most the text tokens, order [B, m], that asked: k is what the largest such rank would leave of n, and
-clusters; slots left over point at token 0 with order `PAD`. Without `recycle` there are no clusters."""
+rank int64 [B], at most the text tokens, order [B, m], that asked: k is `rank_width`, room for what the largest such
+rank would leave of n and for clusters; slots left over point at token 0 with order `PAD`. Without `recycle` there are
+no clusters."""
 
 
 @fake("rank_tokens")
@@ -136,9 +137,13 @@ def _dart_scores(
 
 
 def rank_width(count: Any, text: Any, scale: float, recycle: bool) -> Any:
-    """Tokens that `rank_tokens` has room for: a rank is at most the number of text tokens (also symbolic numbers)."""
-    gone = math.floor(scale * (count - torch.sym_min(count, text)))
-    return count - gone + (cluster_count(gone) if recycle else 0)
+    """Tokens that `rank_tokens` has room for: a rank is at most the number of text tokens (also symbolic numbers).
+
+    A bound that names `count` twice, since stages put one into the next: of what goes, 3% and up to two more come back
+    as clusters, and roundings take one token each.
+    """
+    share = 0.97 * scale if recycle else scale
+    return torch.sym_min(count, math.floor((1 - share) * count) + math.floor(share * text) + (4 if recycle else 2))
 
 
 def cluster_count(gone: Any) -> Any:

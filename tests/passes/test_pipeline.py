@@ -42,7 +42,7 @@ def test_any_text_is_a_pipeline_or_one_pass_error(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no-such-pass", "there is no pass 'no-such-pass'; there are: average-pool, cut-visual"),
+        ("no-such-pass", "there is no pass 'no-such-pass'; there are: average-pool, cdpruner, cls-curve"),
         ("fastv{depth=2}", "fastv has no option 'depth'; it has: layer, keep"),
         ("neighbor-attention", "needs the option 'radius', as in neighbor-attention{radius=...}"),
         ("cut-visual", "give either from_layer or last"),

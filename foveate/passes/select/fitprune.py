@@ -25,7 +25,7 @@ from foveate.ir.attention import attentions, looks_at_visual, taken_apart
 from foveate.ir.fit import find_schedule, visual_share
 from foveate.ir.program import NodeInfo
 from foveate.ir.rewriter import Rewriter
-from foveate.ir.select import keep_tokens, live_behind, visual_order_at
+from foveate.ir.select import keep_tokens, part_behind, visual_order_at
 from foveate.passes.base import Pass, Skipped, first_blind_layer, number, whole
 from foveate.passes.select.selector import check_selection
 
@@ -73,11 +73,10 @@ class FitPrune(Pass):
             raise Skipped(f"no token is to be deleted before the last layer that sees the image, {end}")
         reach = visual_order_at(edit.graph, stages[0] + 1)
         left = [about.tokens_per_image]
-        with edit.refreshed_once():
-            for layer, count in enumerate(counts):
-                left.append(left[-1] - (count if layer in stages else 0))
-                if layer in stages:
-                    self._stage(edit, layer, left[-1] / left[0], reach)
+        for layer, count in enumerate(counts):
+            left.append(left[-1] - (count if layer in stages else 0))
+            if layer in stages:
+                self._stage(edit, layer, left[-1] / left[0], reach)
         share = visual_share(about, torch.tensor([left]))
         deleted = ", ".join(map(str, counts[: stages[-1] + 1]))
         yield f"layers from 0 on delete {deleted} of {left[0]} visual tokens; {share:.1%} of their multiply-adds stay"
@@ -104,9 +103,7 @@ class FitPrune(Pass):
         looking = [[n for n in attentions(graph, layer, s) if looks_at_visual(n)] for s in ("text", "visual")]
         if not all(looking):
             raise PassError(f"{self.name}: no head of layer {layer} looks at visual tokens, so there is no score")
-        before, live = live_behind(graph, layer, attentions(graph, layer))
-        start = next(n for n in graph.nodes if n.op == "call_function" and any(n in users for users in live.values()))
-        edit.hoist(before, start)
+        start, live = part_behind(edit, layer, attentions(graph, layer))
         about = NodeInfo(layer, "select", "visual", self.name)
         with edit.before(start):
             received = [

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from foveate.ir.program import TOWER
 from foveate.report.figures import LABELS, UNITS, size
 from foveate.report.page.charts import by_layer
 from foveate.report.page.figures import arrows, change_text, layers_text, number
@@ -31,7 +30,7 @@ def changes(diff: Diff) -> Html:
 def output_layer(diff: Diff, graph: str) -> int | None:
     """The layer number of what comes after a graph's layers: the decoder's are those that keep keys and values."""
     ends = [entry["layers"][1] + 1 for side in diff["kv"].values() for entry in side]
-    return max(ends, default=None) if graph not in TOWER else None
+    return max(ends, default=None) if not graph.startswith("vision") else None
 
 
 def _changes_of(name: str, graph: Mapping[str, Any], last: int | None) -> Html:
