@@ -421,6 +421,7 @@ FORGED: dict[str, Damage] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", FORGED.values(), ids=FORGED)
 def test_a_forged_file_with_the_right_hash_is_one_error(damage: Damage, copy: Path) -> None:
     damage(copy)

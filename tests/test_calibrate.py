@@ -75,6 +75,7 @@ def test_the_batch_size_changes_nothing(counted: Statistics) -> None:
         torch.testing.assert_close(getattr(alone, name), getattr(counted, name), rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_calibration_gives_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
     model, processor = small_digits()
@@ -106,6 +107,7 @@ def test_a_resumed_calibration_gives_the_same_file(tmp_path: Path, monkeypatch: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.safetensors", "whole.safetensors"]
 
 
+@pytest.mark.slow
 def test_what_tokens_receive_is_counted_beside_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Statistics
 ) -> None:
@@ -149,6 +151,7 @@ def test_an_unfinished_file_is_not_overwritten_nor_mixed_with_another_run(tmp_pa
     again("other samples", examples=examples()[:1])
 
 
+@pytest.mark.slow
 def test_examples_that_do_not_fit_are_named() -> None:
     model, processor = small_digits()
     good = examples()[0]

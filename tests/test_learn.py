@@ -69,6 +69,7 @@ def drawn(made: Learner, batch: int, seed: int = 0) -> dict[int, Tensor]:
     return {layer: 2 * torch.randn(batch, 64, generator=generator) for layer in made.stages}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: s.name)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("loss", ["mse", "huber"])
@@ -261,6 +262,7 @@ def made_folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> None:
     model, processor = small_digits()
     for passes, message in (
@@ -285,6 +287,7 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> N
         learn_modules(made, processor, questions(1), tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_modules_of_a_saved_model_do_not_learn_when_the_model_does(tmp_path: Path) -> None:
     _, made = fresh(SELECTIONS[0])
     made.modules_now().save(tmp_path / "m")
@@ -296,6 +299,7 @@ def test_modules_of_a_saved_model_do_not_learn_when_the_model_does(tmp_path: Pat
     assert frozen == {id(saved.weights.get(name)) for name in made.own}
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_file(tmp_path: Path) -> None:
     model, made = fresh(SELECTIONS[0])
     made.modules_now({"steps": 3}).save(tmp_path / "m")

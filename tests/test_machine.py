@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from foveate.ir.cost import cost_of
@@ -9,6 +10,7 @@ from foveate.machine import calibrate, environment, median_of, thread_count
 from tests.ir.programs import traced
 
 
+@pytest.mark.slow
 def test_calibration_finds_plausible_rates() -> None:
     device = calibrate(64, 64, 64, seconds=0.1)
     assert 1e6 < device.flops_per_s["float32"] < 1e15
@@ -22,6 +24,7 @@ def test_calibration_at_a_single_row() -> None:
     assert calibrate(1, 8, 8, seconds=0.01).attention > 0
 
 
+@pytest.mark.slow
 def test_the_thread_count_is_put_back() -> None:
     before = torch.get_num_threads()
     with thread_count(before + 1):

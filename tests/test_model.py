@@ -51,6 +51,7 @@ def test_without_passes_greedy_tokens_equal_the_hugging_face_model(pair, prompt)
     assert torch.equal(optimized.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
+@pytest.mark.slow
 def test_without_passes_digits_answers_as_the_hugging_face_model_does():
     from foveate.models import digits
 

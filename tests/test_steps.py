@@ -53,6 +53,7 @@ def answer(model: Any, inputs: dict[str, Tensor], tokens: int, **options: Any) -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", PIPELINES)
 def test_captured_steps_say_the_same_past_the_end_of_a_buffer(passes: str) -> None:
     model = random_llava(layers=3, kv_heads=2)

@@ -70,6 +70,7 @@ def furthest(one: Any, other: Any) -> float:
     return max((a - b).abs().max().item() for (name, a), (same, b) in pairs if name == same)
 
 
+@pytest.mark.slow
 def test_parameters_are_what_the_graphs_read_and_the_original_models_own_unless_reordered() -> None:
     model = random_llava(layers=2, heads=4, kv_heads=2)
     opt = foveate.optimize(model, "drop-visual-heads{mask=[[1,1,1,1],[0,1,0,1]],from_layer=1}")
@@ -82,6 +83,7 @@ def test_parameters_are_what_the_graphs_read_and_the_original_models_own_unless_
     assert opt.training and not opt.eval().training
 
 
+@pytest.mark.slow
 def test_a_few_steps_by_hand_lower_the_loss() -> None:
     opt, data = fresh(), batch(examples(4))
     optimizer = torch.optim.AdamW(opt.parameters(), lr=3e-3)
@@ -124,6 +126,7 @@ def test_the_trainer_saves_what_loads_and_resumes_as_if_it_had_not_stopped(tmp_p
     assert torch.equal(foveate.load(tmp_path / "a")(**inputs).logits, whole(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_accumulated_steps_equal_one_large_batch(tmp_path: Path) -> None:
     data = [*examples(1, answer=1), *examples(2, answer=4)[1:]]
     made = []
@@ -136,6 +139,7 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path: Path) -> None:
     assert furthest(*made) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_trainer_may_use_mixed_precision(tmp_path: Path) -> None:
     losses = []
     for half in (False, True):
@@ -199,6 +203,7 @@ def test_adapters_are_saved_apart_and_found_again(tmp_path: Path) -> None:
     torch.testing.assert_close(found, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_trainer_resumes_lora(tmp_path: Path) -> None:
     data = examples(8)
     models = [peft.get_peft_model(fresh(), lora(init_lora_weights=True)) for _ in range(2)]

@@ -21,6 +21,7 @@ SIZES = ("--layers", 2, "--hidden", 64, "--heads", 4, "--ffn", 96, "--visual-tok
 FEW = ("--threads", 1, "--repeat", 2, "--new-tokens", 2)
 
 
+@pytest.mark.slow
 def test_bench_json_holds_the_contract(run: Run) -> None:
     result = run("bench", "random:llava", "-p", "cut-visual{from_layer=1}", *SIZES, *FEW, "--batch", 2, "--json")
     assert result.exit_code == 0, result.stderr
@@ -67,6 +68,7 @@ def test_bench_table_fits_80_columns_and_tells_a_loss(run: Run, monkeypatch: pyt
     assert made.to_json()["prefill_speedup"] == 0.5
 
 
+@pytest.mark.slow
 def test_bench_puts_threads_and_attention_back() -> None:
     model = random_llava(layers=1)
     model.set_attn_implementation("eager")

@@ -38,6 +38,7 @@ def test_digits_json(run: Run, folder: Path, tmp_path: Path) -> None:
         assert row["cut_kl"] == float(found.cut_kl[layer] / 3)
 
 
+@pytest.mark.slow
 def test_tokens_for_fitprune(run: Run, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     result = run("calibrate", folder, "--data", "digits", "-n", 3, "--tokens", "-o", path)
@@ -47,6 +48,7 @@ def test_tokens_for_fitprune(run: Run, folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_and_json_lines_of_the_same_samples_give_the_same(run: Run, folder: Path, data: Path) -> None:
     lines = data.parent / "data.jsonl"
     entries = [

@@ -41,6 +41,7 @@ def test_recipes_stand_beside_the_dense_model(run: Any) -> None:
     assert {line.split()[0] for line in lines if line.strip()} >= {"dense", "A", "B", "model", "prefill"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["layer", "role", "stream"])
 def test_a_breakdown_has_every_part(run: Any, by: str) -> None:
     found = told(run, *TINY, "-p", CUT, "--breakdown", by)
@@ -51,6 +52,7 @@ def test_a_breakdown_has_every_part(run: Any, by: str) -> None:
         assert sum(part["time_s"] for part in parts) == pytest.approx(spent["prefill"]["time_s"])
 
 
+@pytest.mark.slow
 def test_conventions_and_modules(run: Any) -> None:
     found = told(run, *TINY, "-p", "", "--convention", "lvpruning", "--modules", "1,2")
     assert found["optimized"]["prefill"]["flops"] > found["dense"]["prefill"]["flops"]
@@ -59,6 +61,7 @@ def test_conventions_and_modules(run: Any) -> None:
     assert "GB moved" in result.stdout
 
 
+@pytest.mark.slow
 def test_number_formats(run: Any) -> None:
     wide, narrow = (told(run, *TINY, *words)["dense"] for words in ((), ("--dtype", "int8", "--kv-bits", "4")))
     assert wide["kv_bytes"] == 8 * narrow["kv_bytes"]
@@ -77,6 +80,7 @@ def test_a_saved_folder_is_set_beside_the_model_it_was_made_from(run: Any, folde
     assert "leave --passes out" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_needs_no_weights(run: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     assert told(run, tmp_path, "-p", CUT)["dense"] == told(run, folder, "-p", CUT)["dense"]
@@ -97,6 +101,7 @@ def test_a_calibrated_device_is_one_to_forecast_for(run: Any, tmp_path: Path, mo
     assert "foveate cost MODEL --device" in run("bench", "--calibrate", path).stdout
 
 
+@pytest.mark.slow
 def test_a_plot(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "out.png"
     result = run("cost", *TINY, "-p", CUT, "--plot", path)

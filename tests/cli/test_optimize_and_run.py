@@ -28,6 +28,7 @@ def ask(run: Run, model: Path, images: Sequence[Path], prompt: str = QUESTION, *
     return run("run", model, *shown, "--prompt", prompt, "--max-new-tokens", 4, *options)
 
 
+@pytest.mark.slow
 def test_a_saved_model_answers_as_the_model_does(run: Run, folder: Path, saved: Path, image: Path) -> None:
     result = ask(run, saved, [image], QUESTION, "--json")
     told = json.loads(result.stdout)
@@ -52,6 +53,7 @@ def test_for_people_the_answer_is_all_of_stdout(run: Run, saved: Path, image: Pa
     assert "before layer 1: 72 of 144 visual tokens stay" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_curve_of_an_image_is_drawn(run: Run, folder: Path, saved: Path, image: Path, tmp_path: Path) -> None:
     curve = tmp_path / "curve.png"
     told = ask(run, folder, [image], QUESTION, "-p", "cls-curve{layer=0}", "--curve", curve, "--json")
@@ -65,6 +67,7 @@ def test_the_curve_of_an_image_is_drawn(run: Run, folder: Path, saved: Path, ima
         assert not (tmp_path / "none.png").exists()
 
 
+@pytest.mark.slow
 def test_a_model_with_passes_and_without(run: Run, folder: Path, image: Path) -> None:
     passes = ("--passes", "cut-visual{from_layer=1}")
     cut = json.loads(ask(run, folder, [image], QUESTION, *passes, "--json").stdout)
@@ -83,6 +86,7 @@ def test_several_images_and_text_alone(run: Run, saved: Path, image: Path) -> No
     assert alone["visual_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_kept_patches_are_drawn_by_image_and_layer(run: Run, folder: Path, image: Path, tmp_path: Path) -> None:
     drawn, one = tmp_path / "kept.png", tmp_path / "one.png"
     passes = "divprune{keep=0.5},fastv{layer=1,keep=0.5}"
@@ -181,6 +185,7 @@ def test_what_is_saved_loads_again(saved: Path) -> None:
     assert not list(saved.parent.glob(".*")), "a part of the work is left beside the folder"
 
 
+@pytest.mark.slow
 def test_optimize_tells_what_the_passes_did(run: Run, folder: Path, tmp_path: Path) -> None:
     result = run("optimize", folder, "-p", "cut-visual{from_layer=1}", "-o", tmp_path / "a", "--json")
     told = json.loads(result.stdout)
@@ -220,6 +225,7 @@ def test_an_output_folder_that_exists(run: Run, folder: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_nothing_behind(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +241,7 @@ def test_a_failure_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_pass_that_does_not_fit(run: Run, folder: Path, tmp_path: Path) -> None:
     result = run("optimize", folder, "-p", "fastv{layer=7}", "-o", tmp_path / "out")
     assert (result.exit_code, result.stdout) == (2, "")

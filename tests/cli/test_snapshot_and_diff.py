@@ -36,6 +36,7 @@ def test_the_file_is_what_stdout_would_be(run: Run, folder: Path, files: tuple[P
     assert [record["text"] for record in data["passes"]] == [CUT]
 
 
+@pytest.mark.slow
 def test_json_says_what_was_written(run: Run, folder: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     sizes = ("--device", "h100", "--text-tokens", 30, "--batch", 2, "--dtype", "bfloat16", "--visual-tokens", 9)
@@ -140,6 +141,7 @@ def test_models_are_compared_at_the_sizes_of_a_snapshot(run: Run, folder: Path, 
     assert told["b"]["passes"] == [CUT]
 
 
+@pytest.mark.slow
 def test_two_recipes_of_one_model(run: Run, folder: Path) -> None:
     result = run("diff", folder, folder, "--passes-a", CUT, "--passes-b", "fastv{layer=1,keep=0.5}", "--json")
     told = json.loads(result.stdout)

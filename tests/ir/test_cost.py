@@ -140,11 +140,13 @@ def check_flops(pipeline: str, visual: int, text: int, batch: int, images: int, 
     assert spent.decode.flops == counted(program, program.graphs["decode"], step)
 
 
+@pytest.mark.slow
 @pipelines
 def test_flops_are_those_that_torch_counts(pipeline: str) -> None:
     check_flops(pipeline, visual=32, text=11, batch=3, images=2, past=7, prefix=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     pipeline=st.sampled_from(PIPELINES),

@@ -60,6 +60,7 @@ def told(a: str, b: str, graph: str = "prefill", layers: int = LAYERS) -> set[tu
     return {(*c["layers"], c["stream"], c["state"], c["what"], *c["by"]) for c in changes(a, b, graph, layers)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_program_does_not_differ_from_itself(pipeline: str) -> None:
     found = diff(taken(pipeline), read_snapshot(taken(pipeline).to_text()))
@@ -242,6 +243,7 @@ def test_a_node_that_comes_in_between_moves_no_other() -> None:
     assert {r for c in found["changes"] for r in c["roles"]} <= {"mlp.gate_proj", "mlp.act_fn"}
 
 
+@pytest.mark.slow
 def test_models_of_different_depth() -> None:
     found = diff(taken(layers=6), taken(layers=8))
     plain = found.to_json()["graphs"]["prefill"]

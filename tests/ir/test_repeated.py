@@ -38,6 +38,7 @@ def recorded(model: Any) -> list[int]:
     return ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [deep, tiny.qwen2_vl, tiny.internvl], ids=["llava", "qwen", "internvl"])
 def test_the_text_is_that_of_a_recording_of_every_layer(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
@@ -49,6 +50,7 @@ def test_the_text_is_that_of_a_recording_of_every_layer(
     assert trace_program(source).to_text() == once
 
 
+@pytest.mark.slow
 def test_equal_layers_run_once() -> None:
     assert recorded(deep()) == [0]
 

@@ -136,6 +136,7 @@ def test_a_compiled_program_runs_with_it(taken: list[tuple[int, ...]], monkeypat
     torch.testing.assert_close(optimized(**inputs).logits, logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", ["", "drop-visual-heads{keep=2}, drop-visual-neurons{keep=0.5}"])
 def test_a_program_runs_with_it(passes: str, taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     source = llava(visual_tokens=64)

@@ -66,6 +66,7 @@ VISION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VISION)
 @pytest.mark.parametrize("tiles", [1, 3])
 def test_the_vision_graph_is_the_transformers_tower_and_projector(kind: str, tiles: int) -> None:

@@ -41,11 +41,16 @@ PROMPTS: tuple[dict[str, Any], ...] = (
 _TRACED: dict[int, tuple[Any, Program]] = {}
 
 
-def optimize(model: Any, passes: Any, calibration: Any = None) -> OptimizedModel:
-    """`foveate.optimize` on one trace a model, which is most of the time it takes on a tiny one."""
+def traced(model: Any) -> Program:
+    """`foveate.trace`, once for each model: on a tiny one it takes longer than all that follows."""
     if id(model) not in _TRACED:
         _TRACED[id(model)] = (model, foveate.trace(model))
-    return foveate.optimize(model, passes, calibration, traced=_TRACED[id(model)][1])
+    return _TRACED[id(model)][1]
+
+
+def optimize(model: Any, passes: Any, calibration: Any = None) -> OptimizedModel:
+    """`foveate.optimize` of what `traced` gives."""
+    return foveate.optimize(model, passes, calibration, traced=traced(model))
 
 
 Vision = Callable[[Any, torch.Tensor], list[Tokens]]

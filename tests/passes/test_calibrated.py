@@ -15,7 +15,7 @@ from foveate.ir.statistics import Statistics
 from foveate.models.random import random_inputs
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons
 from tests.oracle.masks import Masks
-from tests.passes.check import PROMPTS, check_pass, optimize
+from tests.passes.check import PROMPTS, check_pass, optimize, traced
 from tests.passes.conftest import FFN, HEADS, LAYERS
 
 SAMPLES = 5
@@ -24,7 +24,7 @@ FEW = (PROMPTS[0], PROMPTS[2])
 
 def statistics(model: Any) -> Statistics:
     """Random ones: about half of the ratios lie above 0.1."""
-    empty = Statistics.empty(foveate.trace(model).info, {"model": "random"})
+    empty = Statistics.empty(traced(model).info, {"model": "random"})
     draw = torch.Generator().manual_seed(5)
     mass, output = (torch.rand(SAMPLES, LAYERS, HEADS, generator=draw) * 0.2 for _ in range(2))
     neurons = torch.rand(LAYERS, FFN, generator=draw, dtype=torch.float64)
@@ -96,6 +96,7 @@ def test_neurons_by_activity(mha: Any, found: Statistics, file: str) -> None:
     check_pass(mha, [DropVisualNeurons(0.25, select="activity", stats=file)], Masks(neurons=mask), FEW)
 
 
+@pytest.mark.slow
 def test_the_first_layer_whose_cut_moves_the_prediction_little_enough(mha: Any, found: Statistics, file: str) -> None:
     found = replace(found, cut_kl=SAMPLES * torch.tensor([0.5, 0.004, 0.002, 0.0], dtype=torch.float64))
     found.save(Path(file))
@@ -139,6 +140,7 @@ def test_a_pipeline_s_calibration_is_used_where_a_pass_has_no_file_of_its_own(
     assert not torch.allclose(logits("drop-visual-heads{keep=2}", found), weights, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_passes_without_statistics_say_what_is_missing(mha: Any, found: Statistics, file: str) -> None:
     for one, message in (
         (DropVisualHeads(alpha=0.1), "alpha=0.1 needs statistics: make them with `foveate calibrate`"),
@@ -153,7 +155,7 @@ def test_passes_without_statistics_say_what_is_missing(mha: Any, found: Statisti
         small = foveate.models.random.random_llava(heads=2, ffn=FFN)
         foveate.optimize(small, DropVisualHeads(alpha=0.1), found)
     with pytest.raises(PassError, match="statistics are of no sample"):
-        optimize(mha, DropVisualHeads(alpha=0.1), Statistics.empty(foveate.trace(mha).info))
+        optimize(mha, DropVisualHeads(alpha=0.1), Statistics.empty(traced(mha).info))
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_before_another_selection(gqa: Any) -> None:
     check_pass(gqa, [CDPruner(0.75, clip="none"), DivPrune(0.5)], Masks(), FEW[:2], both)
 
 
+@pytest.mark.slow
 def test_forecasts_need_no_weights(clip: Any) -> None:
     folder = clip[1]
     weightless = random_llava(layers=2, device="meta")

@@ -30,7 +30,7 @@ from foveate.passes import (
 from foveate.passes.select.fitprune import PUBLISHED
 from tests.oracle import fit
 from tests.oracle.masks import Masks, Neighbors, Prune
-from tests.passes.check import check_pass, optimize
+from tests.passes.check import check_pass, optimize, traced
 from tests.passes.conftest import FFN, HEADS, LAYERS
 from tests.passes.test_select import FEW
 from tests.passes.test_vision import METHODS
@@ -42,10 +42,12 @@ SCHEDULE = (3, 0, 5, 4)
 PRUNES = fit.scheduled(list(SCHEDULE), 16)
 
 
+@pytest.mark.slow
 def test_a_schedule(model: Any) -> None:
     check_pass(model, [FitPrune(schedule=SCHEDULE)], Masks(prunes=PRUNES))
 
 
+@pytest.mark.slow
 def test_layers_one_after_another(gqa: Any) -> None:
     check_pass(gqa, [FitPrune(schedule=(1, 1, 13, 0))], Masks(prunes=fit.scheduled([1, 1, 13, 0], 16)), FEW)
 
@@ -87,6 +89,7 @@ def test_with_neighbours_and_fewer_heads(gqa: Any) -> None:
         check_pass(gqa, several, masks, FEW[:2])
 
 
+@pytest.mark.slow
 def test_with_other_selections(gqa: Any) -> None:
     one = FitPrune(schedule=(0, 0, 6, 0))
     (last,) = fit.scheduled([0, 0, 6, 0], 16)
@@ -141,7 +144,7 @@ def drawn(info: ModelInfo, counts: list[int], seed: int) -> tuple[Statistics, li
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("counts", [[16] * 4, [16, 32, 3, 1]])
 def test_the_search_is_a_plain_reading_of_the_paper(model: Any, seed: int, counts: list[int]) -> None:
-    info = foveate.trace(model).info
+    info = traced(model).info
     found, samples = drawn(info, counts, seed)
     d, kv, m = info.hidden_size, info.kv_heads * info.head_dim, info.intermediate_size
 
@@ -152,6 +155,7 @@ def test_the_search_is_a_plain_reading_of_the_paper(model: Any, seed: int, count
         assert list(find_schedule(found, info, budget)) == fit.schedule(samples, budget, cost, 16)
 
 
+@pytest.mark.slow
 def test_calibrated_budgets(tmp_path: Path) -> None:
     source, processor = small_digits(4)
     found = calibrate(source, processor, examples(), batch=2, tokens=True)
@@ -206,7 +210,7 @@ def test_the_published_schedule() -> None:
     counts = [kept[layer + 1].shape[1] if layer + 1 in kept else None for layer in range(32)]
     assert counts[:8] == [562, 529, 440, 404, 368, 348, 293, 272]
     assert [c for c in counts if c is not None][-1] == 576 - 449
-    info = replace(foveate.trace(deep).info, heads=32, kv_heads=32, head_dim=128, hidden_size=4096)
+    info = replace(traced(deep).info, heads=32, kv_heads=32, head_dim=128, hidden_size=4096)
     left = 576 - torch.tensor([0, *PUBLISHED["llava-1.5-7b"]]).cumsum(0)
     share = visual_share(replace(info, intermediate_size=11008), left[None])
     assert round(share, 3) == 0.403

@@ -133,6 +133,7 @@ def snap(options: dict[str, Any]) -> Any:
     return lambda: kv.SnapKV(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SNAPS, ids=str)
 def test_snapkv(model: Any, options: dict[str, Any]) -> None:
     check(model, [SnapKV(**options)], snap(options))
@@ -177,6 +178,7 @@ def test_heavy_recent(model: Any, budgets: tuple[float, float]) -> None:
     check(model, [HeavyRecent(*budgets)], lambda: kv.HeavyRecent(*budgets), prompts=PROMPTS[1:5])
 
 
+@pytest.mark.slow
 def test_heavy_recent_over_a_long_answer(gqa: Any) -> None:
     prompts = ({"batch": 2, "padding": "left", "images_per_row": [1, 0]},)
     check(gqa, [HeavyRecent()], lambda: kv.HeavyRecent(0.5, 0.5), prompts=prompts, steps=45)
@@ -455,6 +457,7 @@ def cases(draw: Any) -> Any:
     return _MODELS[shape], prompt
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     case=cases(),
@@ -469,6 +472,7 @@ def test_any_snapkv(case: Any, window: int, extra: float, kernel: int, pooling: 
     check(case[0], [SnapKV(**options)], snap(options), prompts=[case[1]], steps=2)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     case=cases(),

@@ -21,7 +21,7 @@ from foveate.models.random import random_inputs, random_llava
 from foveate.passes import CutVisual, DropVisualHeads, DynamicViT, FastV, LVPruning, SmartTrim
 from tests.oracle.learned import LVModule, TrimModule, ViTModule, learned, with_weights
 from tests.oracle.masks import Masks, Prune
-from tests.passes.check import check_pass, optimize
+from tests.passes.check import check_pass, optimize, traced
 from tests.passes.test_select import FEW
 from tests.shipped import with_passes
 
@@ -31,7 +31,7 @@ ORACLES: dict[str, Any] = {"lvpruning": LVModule, "dynamicvit": ViTModule, "smar
 
 def modules_of(selection: Any, model: Any, path: Path, seed: int = 0) -> Modules:
     """Modules with random weights, saved in `path`; norms and biases are drawn too."""
-    program = foveate.trace(model)
+    program = traced(model)
     made = selection.new(program, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for value in made.tensors.values():
@@ -63,6 +63,7 @@ def named(selection: Any, path: Path) -> Any:
     return replace(selection, modules=str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("selection", "keeps"), CASES, ids=lambda c: c.text() if hasattr(c, "text") else "")
 def test_what_is_kept_is_what_the_modules_say(model: Any, selection: Any, keeps: Any, tmp_path: Path) -> None:
     made = modules_of(selection, model, tmp_path / "m.safetensors")
@@ -70,6 +71,7 @@ def test_what_is_kept_is_what_the_modules_say(model: Any, selection: Any, keeps:
     check_pass(model, [named(selection, tmp_path / "m.safetensors")], masks, FEW)
 
 
+@pytest.mark.slow
 def test_with_other_passes_before_and_behind(gqa: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     selection = LVPruning(layers=(2, 3), ratio=0.6, step=0.4, modules=str(path))
@@ -82,6 +84,7 @@ def test_with_other_passes_before_and_behind(gqa: Any, tmp_path: Path) -> None:
     check_pass(gqa, [CutVisual(3), LVPruning((2,), str(path))], cut, FEW[1:2])
 
 
+@pytest.mark.slow
 def test_bf16_runs_and_modules_take_the_models_type(tmp_path: Path) -> None:
     half = random_llava(layers=2, dtype=torch.bfloat16)
     selection = LVPruning(layers=(1,), modules=str(tmp_path / "m"))
@@ -92,6 +95,7 @@ def test_bf16_runs_and_modules_take_the_models_type(tmp_path: Path) -> None:
         assert opt(**random_inputs(half)).kept[1].shape == (1, 8)
 
 
+@pytest.mark.slow
 def test_ratios_change_without_training_and_every_share_rounds_as_written(gqa: Any, tmp_path: Path) -> None:
     made = modules_of(LVPruning(layers=(1, 2, 3)), gqa, tmp_path / "m")
     assert LVPruning(ratio=0.6).shares(3) == (0.6, 0.4, 0.2)
@@ -100,6 +104,7 @@ def test_ratios_change_without_training_and_every_share_rounds_as_written(gqa: A
         check_pass(gqa, [selection], masks_of("lvpruning", made, keeps, 1), FEW[1:2])
 
 
+@pytest.mark.slow
 def test_saved_with_the_model_and_without_it_the_model_is_as_it_was(gqa: Any, tmp_path: Path) -> None:
     modules_of(LVPruning(layers=(1, 3)), gqa, tmp_path / "m")
     opt = optimize(gqa, [LVPruning(layers=(1, 3), modules=str(tmp_path / "m"))])
@@ -138,6 +143,7 @@ def test_the_figures_of_lvpruning_from_the_graph(ratio: float, counts: tuple[int
         cost_of(program, convention="lvpruning", modules=(1, 8, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", [LVPruning((1, 3)), DynamicViT((1, 3)), SmartTrim((1, 3))], ids=lambda s: s.name)
 def test_the_forecast_counts_what_runs(gqa: Any, selection: Any, tmp_path: Path) -> None:
     modules_of(selection, gqa, tmp_path / "m")
@@ -229,6 +235,7 @@ def test_bad_options_are_refused(mha: Any, passes: str) -> None:
     assert BAD[passes] in str(error.value)
 
 
+@pytest.mark.slow
 def test_places_where_tokens_cannot_be_selected(gqa: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "m")
     modules_of(LVPruning(layers=(1, 2)), gqa, Path(path))

@@ -28,6 +28,7 @@ def test_a_window(model, radius):
     check_pass(model, [NeighborAttention(radius)], Masks(neighbors=near(radius)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["chebyshev", "euclidean", "raster"])
 @pytest.mark.parametrize(("causal", "see_prefix"), list(itertools.product((True, False), repeat=2)))
 def test_what_is_near_and_seen(gqa, metric, causal, see_prefix):
@@ -53,6 +54,7 @@ def test_before_between_and_after_selections(model, place):
     check_pass(model, passes, Masks(neighbors=near(1), prunes=PRUNES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 def test_with_every_other_pass(model, first):
     mask = torch.ones(LAYERS, HEADS, dtype=torch.bool)
@@ -82,6 +84,7 @@ def test_inductor_equals_eager(gqa):
             assert (eager(**inputs).logits - compiled(**inputs).logits).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close():
     exact, rough = (random_llava(layers=2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     inputs = random_inputs(rough)

@@ -31,6 +31,7 @@ def neurons(kept: int, from_layer: int = 0) -> torch.Tensor:
 ALL = set(range(HEADS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1, LAYERS - 1])
 def test_cut_visual(model, layer):
     check_pass(model, [CutVisual(layer)], Masks(cut_from=layer))
@@ -75,6 +76,7 @@ def test_other_passes_after_heads_dropped_without_renormalising(mha):
     )
 
 
+@pytest.mark.slow
 def test_drop_visual_heads_by_given_scores_keeps_the_best_and_the_lower_index_in_a_tie(model):
     scores = [[0.1, 0.4, 0.4, 0.2]] * LAYERS
     check_pass(model, [DropVisualHeads(keep=2, scores=scores)], Masks(heads=heads(ALL, ALL, {1, 2}, {1, 2})))
@@ -197,6 +199,7 @@ def test_passes_compose_in_any_legal_order(model, name):
     check_pass(model, parse_pipeline(text), masks)
 
 
+@pytest.mark.slow
 def test_all_five_passes_at_once(model):
     mask = heads(ALL, {0, 3}, {1, 2}, ALL)
     passes = [
@@ -240,6 +243,7 @@ def biased():
     return model
 
 
+@pytest.mark.slow
 def test_biases_and_a_head_size_of_its_own(biased):
     mask = heads(ALL, {0, 3}, set(), {1, 2})
     check_pass(biased, [DropVisualHeads(mask=mask, from_layer=0)], Masks(heads=mask))

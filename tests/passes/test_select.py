@@ -49,6 +49,7 @@ def stages(layers: tuple[int, ...], keep: float) -> Masks:
     return Masks(prunes=tuple(Prune(layer, keep**stage, "pyramid", of=first) for stage, layer in enumerate(layers, 1)))
 
 
+@pytest.mark.slow
 def test_pyramiddrop(model: Any) -> None:
     check_pass(model, [PyramidDrop((1, 2, 3), 0.5)], stages((1, 2, 3), 0.5), FEW)
 
@@ -66,18 +67,21 @@ def by_raters(layers: tuple[int, ...], keeps: tuple[float, ...], recycle: bool =
     return Masks(prunes=tuple(prunes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recycle", [True, False])
 def test_sparsevlm(model: Any, recycle: bool) -> None:
     layers, keeps = (0, 1, 2), (0.7, 0.4, 0.15)
     check_pass(model, [SparseVLM(layers, keeps=keeps, recycle=recycle)], by_raters(layers, keeps, recycle), FEW)
 
 
+@pytest.mark.slow
 def test_sparsevlm_behind_another_selection(gqa: Any) -> None:
     masks = Masks(prunes=(Prune(1, 0.9, "fastv"), *by_raters((1, 2), (0.6, 0.1)).prunes))
     check_pass(gqa, [FastV(1, 0.9), SparseVLM((1, 2), keeps=(0.6, 0.1))], masks, FEW[:2])
     check_pass(gqa, [SparseVLM((1, 2), keeps=(0.6, 0.1)), FastV(1, 0.9)], masks, FEW[1:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recycle", [True, False])
 @pytest.mark.parametrize("scale", [0.3, 1.0])
 def test_sparsevlm_by_rank(model: Any, recycle: bool, scale: float) -> None:
@@ -137,6 +141,7 @@ def test_the_stages_of_pyramiddrop_are_the_papers() -> None:
     assert {layer: places.shape[1] for layer, places in kept.items()} == {8: 288, 16: 144, 24: 72}
 
 
+@pytest.mark.slow
 def test_selections_with_everything_else(gqa: Any) -> None:
     """Each other pass before and after each selection, in one pipeline a selection."""
     mask = torch.ones(LAYERS, HEADS, dtype=torch.bool)
@@ -170,6 +175,7 @@ def test_neighbours_are_those_on_the_grid_whatever_is_left(mha: Any, selection: 
     torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_tiny_shares(gqa: Any) -> None:
     for keep in (0.001, 1e-5):
         check_pass(gqa, [FastV(1, keep)], Masks(prunes=(Prune(1, keep, "fastv"),)), FEW[:1])

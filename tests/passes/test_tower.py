@@ -144,6 +144,7 @@ def test_a_saved_program_does_the_same(deep: Any, pipeline: str, tmp_path: Path)
     assert torch.equal(a.logits, b.logits) and torch.equal(a.kept[0], b.kept[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["tome{merge=3}", "crossget{merge=3}", "cls-curve{layer=2,alpha=1}"])
 def test_in_bfloat16(pipeline: str) -> None:
     models = [random_llava(layers=2, vision_layers=5, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -136,6 +136,7 @@ def check(model: Any, optimized: Any, masks: Masks, prompt: dict[str, Any]) -> N
 SHARED = [*((2, case) for case in CASES), (4, "drop-visual-heads"), (1, "drop-visual-heads")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "case"), SHARED, indirect=["model"])
 def test_loss_and_gradients_equal_the_masked_oracle(model: Any, case: str) -> None:
     passes, masks = CASES[case]

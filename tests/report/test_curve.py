@@ -14,6 +14,7 @@ from foveate.report.curve import curve_data, curve_png
 from tests.passes.check import optimize
 
 
+@pytest.mark.slow
 def test_the_picture_shows_what_the_model_keeps() -> None:
     model = random_llava(layers=2, visual_tokens=25)
     inputs = random_inputs(model, batch=2)
@@ -29,6 +30,7 @@ def test_the_picture_shows_what_the_model_keeps() -> None:
     assert curve_png(data) != curve_png([{**image, "kept": image["kept"] + 1} for image in data])
 
 
+@pytest.mark.slow
 def test_a_model_without_the_pass_has_no_curve() -> None:
     model = random_llava(layers=2)
     with pytest.raises(InputError, match="hold no cls-curve"):
