@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from writing import RESULTS, replace, versions, wilson
+from writing import RESULTS, replace, versions
+
+from foveate.intervals import wilson
 
 DOCS = Path(__file__).parents[1] / "docs"
 MARKS = "<!-- table of benchmarks/accuracy.py -->", "<!-- end of table -->"

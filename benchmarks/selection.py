@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from accuracy import nearest
 from torch import fx
-from writing import RESULTS, replace, versions, wilson
+from writing import RESULTS, replace, versions
 
 import foveate
 from foveate.calibrate import calibrate
 from foveate.evaluate import evaluate
 from foveate.examples import Example
+from foveate.intervals import wilson
 from foveate.ir.cost import breakdown
 from foveate.ir.program import Program, info, outputs
 from foveate.ir.statistics import Statistics

@@ -16,7 +16,7 @@ import torch
 from foveate.backends.eager import lower
 from foveate.errors import InputError
 from foveate.evaluate import Tick, silent
-from foveate.examples import Example, model_inputs
+from foveate.examples import Example, batch_inputs
 from foveate.ir.observe import observe, only_statistics
 from foveate.ir.split import split
 from foveate.ir.statistics import Statistics
@@ -69,7 +69,7 @@ def calibrate(
         tick("calibrating", start, len(examples))
         part = examples[start : start + batch]
         with torch.inference_mode():
-            inputs, streams = runner.prefill_inputs(**_processed(model, processor, part))
+            inputs, streams = runner.prefill_inputs(**batch_inputs(model, processor, part))
             visual = (streams.visual.order != PAD).sum(1)
             found = found.extended(run(inputs)["statistics"], _later(streams, part), visual)
         if output is not None and found.samples - saved >= SAVE_EVERY:
@@ -119,22 +119,6 @@ def _digest(examples: Sequence[Example]) -> str:
     return told.hexdigest()
 
 
-def _processed(model: Any, processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
-    """A batch as the model takes it."""
-    images = [image for example in examples for image in example.pictures()]
-    prompts = [example.prompt for example in examples]
-    try:
-        made = processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
-    except (ValueError, IndexError) as error:
-        where = _places(examples)
-        raise InputError(f"{where}: the processor refuses the batch: {str(error).splitlines()[0]}") from None
-    length, longest = made["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
-    if length > longest:
-        row = int(made["attention_mask"].sum(1).argmax())
-        raise InputError(f"{examples[row].where}: the prompt is {length} tokens long, this model takes {longest}")
-    return model_inputs(model, made)
-
-
 def _later(streams: Streams, examples: Sequence[Example]) -> torch.Tensor:
     """How many text tokens stand behind each row's first visual token."""
     real = streams.visual.order != PAD
@@ -143,8 +127,3 @@ def _later(streams: Streams, examples: Sequence[Example]) -> torch.Tensor:
         raise InputError(f"{examples[int(blind[0, 0])].where}: the prompt has no image, so it says nothing of images")
     first = streams.visual.order.amin(1, keepdim=True)
     return ((streams.text.order > first) & (streams.text.order != PAD)).sum(1)
-
-
-def _places(examples: Sequence[Example]) -> str:
-    first, last = examples[0].where, examples[-1].where
-    return first if len(examples) == 1 else f"{first} to {last}"

@@ -60,11 +60,60 @@ def model_inputs(model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in taken.items()}
 
 
+@dataclass(frozen=True)
+class Question:
+    """An example that is asked, and what its reply is marked by.
+
+    answers: all that are right, or what people said. choices: what to choose from, where the answer is one of them.
+    id: tells it from the others. task: the kind of question, for figures by kind.
+    """
+
+    example: Example
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    id: str = ""
+    task: str = ""
+
+
+def batch_inputs(
+    model: Any, processor: Any, examples: Sequence[Example], new_tokens: int = 0, **options: Any
+) -> dict[str, Any]:
+    """Examples as one padded batch that `model` takes; options are the processor's.
+
+    Raises InputError naming an example whose prompt, grown by `new_tokens`, is longer than the model takes, or those
+    that the processor refuses.
+    """
+    images = [image for example in examples for image in example.pictures()]
+    prompts = [example.prompt for example in examples]
+    try:
+        made = processor(text=prompts, images=images or None, padding=True, return_tensors="pt", **options)
+    except (ValueError, IndexError) as error:
+        where = _places(examples)
+        raise InputError(f"{where}: the processor refuses the batch: {str(error).splitlines()[0]}") from None
+    length, longest = made["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
+    if length + new_tokens > longest:
+        row = int(made["attention_mask"].sum(1).argmax())
+        grown = f" and may grow by {new_tokens}" if new_tokens else ""
+        raise InputError(
+            f"{examples[row].where}: the prompt is {length} tokens long{grown}, this model takes {longest}"
+        )
+    return model_inputs(model, made)
+
+
+def _places(examples: Sequence[Example]) -> str:
+    first, last = examples[0].where, examples[-1].where
+    return first if len(examples) == 1 else f"{first} to {last}"
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    if not path.exists():
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except OSError as error:
+        raise InputError(f"the image {path} cannot be read: {error.strerror or error}") from None
+    if not there:
         raise InputError(f"there is no image {path}")
-    if path.is_dir():
+    if folder:
         raise InputError(f"{path} is a folder, not an image")
     try:
         with Image.open(path) as opened:
