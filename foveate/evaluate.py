@@ -73,13 +73,17 @@ def ask(
     for start in range(0, len(questions), batch):
         tick(label, start, len(questions))
         part = questions[start : start + batch]
-        examples = [question.example for question in part]
-        inputs = batch_inputs(model, processor, examples, new_tokens, padding_side="left")
-        with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        fresh = out[:, inputs["input_ids"].shape[1] :]
-        yield part, [text.strip() for text in processor.batch_decode(fresh, skip_special_tokens=True)]
+        yield part, replies(model, processor, [question.example for question in part], new_tokens)
     tick(label, len(questions), len(questions))
+
+
+def replies(model: Any, processor: Any, examples: Sequence[Example], new_tokens: int, **generation: Any) -> list[str]:
+    """What a model says to one batch of prompts; generation: options of `generate`, which is greedy without them."""
+    inputs = batch_inputs(model, processor, examples, new_tokens, padding_side="left")
+    with torch.inference_mode():
+        out = model.generate(**inputs, **{"do_sample": False, **generation}, max_new_tokens=new_tokens)
+    fresh = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(fresh, skip_special_tokens=True)]
 
 
 def score(said: Sequence[str], questions: Sequence[Question], metric: Metric) -> Score:

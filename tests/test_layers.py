@@ -42,6 +42,7 @@ EVERYTHING = {
     "evaluate",
     "examples",
     "learn",
+    "lmms",
     "machine",
     "train",
 } | {"__init__"}
