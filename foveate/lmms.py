@@ -65,8 +65,8 @@ class Foveate(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         super().__init__()
         if unknown:
             raise InputError(
-                f"foveate has no argument {next(iter(unknown))!r}; there are: pretrained, passes, backend, dtype, device, "
-                'batch_size; a pipeline of several passes is put in quotes, passes="A,B"'
+                f"foveate has no argument {next(iter(unknown))!r}; there are: pretrained, passes, backend, dtype, "
+                'device, batch_size; a pipeline of several passes is put in quotes, passes="A,B"'
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("foveate runs in one process of lmms-eval: start it without accelerate or torchrun")

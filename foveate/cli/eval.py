@@ -29,7 +29,7 @@ NEW_TOKENS = 32
 @click.command("eval")
 @click.argument("model")
 @click.option("--data", default="digits", show_default=True, metavar="D", help="JSONL, a folder with one, or digits.")
-@click.option("--metric", type=click.Choice(METRICS), help="How replies are marked.  [default: see below]")
+@click.option("--metric", type=click.Choice(METRICS), help="How replies are marked.  [default: see above]")
 @click.option(
     "--passes",
     "-p",

@@ -30,7 +30,7 @@ COMMANDS: dict[str, str] = {
     "run": "Ask a question about an image.",
     "train": "Fine-tune a pruned model, so that it recovers what it lost.",
     "bench": "Time a model against its dense form and against Hugging Face.",
-    "eval": "Accuracy on the digits tasks before and after.",
+    "eval": "Accuracy before and after, on digits or on any images, prompts and answers.",
     "demo": "The whole story on the bundled model, in three minutes.",
 }
 """Command -> its line in `foveate --help`; the command itself is `foveate.cli.<command>.command`."""
