@@ -69,6 +69,7 @@ def _row(path: Path, number: int, line: str, needed: Sequence[str]) -> Row:
     place = f"{path}, line {number}"
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise UseError(f"{place}: not JSON: {error}") from None
     if not isinstance(row, dict):

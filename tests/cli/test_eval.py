@@ -26,14 +26,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows: list[dict[str, Any]] = [
         {"image": f"{i}.png", "prompt": s.question, "answer": s.answer, "id": i} for i, s in enumerate(drawn)
     ]
-    rows[3] = {"images": ["0.png", "1.png"], "prompt": "how many 3 are there ?", "answers": ["3", "three"]}
+    rows[3] = {"images": ["0.png", "1.png"], "prompt": "how many 3\u2028are there ?", "answers": ["3", "three"]}
     write(folder / "a.jsonl", rows)
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:400])
     return folder
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
     return path
 
 
@@ -144,6 +144,7 @@ def test_an_interrupted_run_goes_on(
     [
         ("{", "line 2: not JSON"),
         ("[" * 100_000, "line 2: not JSON"),
+        (r'{"prompt": "a", "answer": "\ud800"}', "line 2: not JSON"),
         ('{"prompt": "a"}', "line 2: there is neither 'answer' or 'answers'"),
         ('{"prompt": "a", "answer": "b", "answers": ["b"]}', "line 2: give one of 'answer' or 'answers'"),
         ('{"prompt": "a", "answer": ["b"]}', "line 2: 'answer' must be text, not empty"),

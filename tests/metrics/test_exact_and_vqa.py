@@ -40,7 +40,7 @@ def test_exact_and_verbatim(said: str, answer: str, exact: int, verbatim: int) -
 
 
 @given(st.text())
-def test_plain_and_canonical_change_nothing_twice(text: str) -> None:
+def test_plain_text_stays_as_it_is(text: str) -> None:
     assert plain(plain(text)) == plain(text)
 
 
