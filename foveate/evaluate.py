@@ -110,7 +110,9 @@ def evaluate(
 
 def digit_questions(samples: Sequence[Sample]) -> list[Question]:
     """Samples of `digits` as questions, numbered from 1."""
-    examples = [Example(s.prompt, (s.image,), s.answer, f"digits question {i}") for i, s in enumerate(samples, 1)]
+    examples = [
+        Example(s.prompt, (s.image,), s.answer, f"digits question {i}", s.question) for i, s in enumerate(samples, 1)
+    ]
     return [
         Question(example, (example.answer,), id=str(number), task=sample.task)
         for number, (example, sample) in enumerate(zip(examples, samples, strict=True), 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from foveate.clip import questions_for
 from foveate.errors import InputError
 
 TAKEN = ("input_ids", "attention_mask", "pixel_values")
@@ -21,13 +22,15 @@ class Example:
     """One sample. prompt: the whole of it, with the processor's mark for each image, in order.
 
     images: pictures, or files, which are opened when their turn comes. answer: what should be said, for training.
-    place: where it comes from, for messages, such as `data.jsonl, line 3`.
+    place: where it comes from, for messages, such as `data.jsonl, line 3`. question: what is asked, without template
+    and marks, for models that choose visual tokens by it; the prompt, if not given.
     """
 
     prompt: str
     images: Sequence[Path | Image.Image] = ()
     answer: str = ""
     place: str = ""
+    question: str = ""
 
     @property
     def where(self) -> str:
@@ -97,7 +100,8 @@ def batch_inputs(
         raise InputError(
             f"{examples[row].where}: the prompt is {length} tokens long{grown}, this model takes {longest}"
         )
-    return model_inputs(model, made)
+    asked = [example.question or example.prompt for example in examples for _ in example.images]
+    return {**model_inputs(model, made), **questions_for(model, asked)}
 
 
 def _places(examples: Sequence[Example]) -> str:

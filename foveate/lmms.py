@@ -134,7 +134,7 @@ class Foveate(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             raise InputError(f"{place} comes with a {other[0]}; foveate reads images (PIL), no video and no sound")
         images = [image.convert("RGB") for image in given]
         if mark not in text:
-            return Example(full_prompt(self.processor, text, len(images)), images, place=place)
+            return Example(full_prompt(self.processor, text, len(images)), images, place=place, question=text)
         if text.count(mark) != len(images):
             raise InputError(f"{place}: the text holds {text.count(mark)} {mark} for {len(images)} images")
         message = {"role": "user", "content": [{"type": "text", "text": text}]}

@@ -24,7 +24,7 @@ ALLOWED = {
     "cache": BASE,
     "streams": BASE | {"ir"},
     "labels": BASE | {"streams"},
-    "clip": {"errors"},
+    "clip": {"errors", "passes"},
     "intervals": set(),
     "metrics": {"examples", "intervals"},
     "answers": {"errors", "examples"},

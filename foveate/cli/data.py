@@ -124,7 +124,7 @@ def _example(processor: Any, question: str, files: Sequence[Path], answer: str, 
         prompt = full_prompt(processor, question, len(files))
     except FoveateError as error:
         raise UseError(f"{place}: {error}".replace(" for each --image", " for each")) from None
-    return Example(prompt, tuple(files), answer, place)
+    return Example(prompt, tuple(files), answer, place, question)
 
 
 class DigitExamples(Sequence[Example]):
@@ -150,4 +150,4 @@ class DigitExamples(Sequence[Example]):
             raise IndexError(place)
         task = TASKS[place % len(TASKS)]
         (drawn,) = samples(split="train", task=task, n=1, seed=self.seed * self.number + place)
-        return Example(drawn.prompt, (drawn.image,), drawn.answer, f"digits question {place}")
+        return Example(drawn.prompt, (drawn.image,), drawn.answer, f"digits question {place}", drawn.question)

@@ -40,6 +40,7 @@ def command(
     from foveate.cli.folders import check_file
     from foveate.cli.pictures import draw_curve, draw_kept
     from foveate.cli.prompts import encode, full_prompt
+    from foveate.clip import questions_for
     from foveate.examples import open_image
     from foveate.report.plot import check_matplotlib
 
@@ -52,6 +53,7 @@ def command(
         text = full_prompt(processor, prompt, len(pictures))
         optimized = get_model()
         inputs = encode(optimized, processor, text, pictures, max_new_tokens)
+        inputs |= questions_for(optimized, [prompt] * len(pictures))
         curves = None if curve_file is None else draw_curve(optimized, inputs, curve_file)
         answer = _generate(optimized, processor, inputs, max_new_tokens)
         if kept_file is not None:

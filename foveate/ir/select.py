@@ -161,6 +161,31 @@ def keep_tokens(
     take_chosen(edit, layer, chosen, live, merged)
 
 
+def keep_by_rank(
+    edit: Rewriter,
+    layer: int,
+    scores: fx.Node,
+    rank: fx.Node,
+    scale: float,
+    live: dict[fx.Node, list[fx.Node]],
+    hidden: fx.Node,
+    recycle: bool,
+) -> None:
+    """As `keep_tokens`, where of a row's n tokens floor(scale * (n - rank)) go; `recycle`: into clusters of `hidden`.
+
+    rank: int64 [B], at most the number of text tokens. Counts differ between prompts, so that behind `layer` visual
+    tokens may be padding in any of them.
+    """
+    text = next(n for n in edit.graph.nodes if n.name == "text_order")
+    given = scores, visual_order_at(edit.graph, layer), hidden, rank, text, scale, recycle
+    with edit.after(rank):
+        chosen = edit.call(ops.rank_tokens, *given, about=NodeInfo(layer, "select", "visual", edit.by))
+    take_chosen(edit, layer, chosen, live, hidden if recycle else None)
+    for node in attentions(edit.graph):
+        if info(node).layer >= layer and node.target == ops.attention:
+            edit.set_args(node, replace(Attention.of(node), prefix=-1).args)
+
+
 def take_chosen(
     edit: Rewriter,
     layer: int,
@@ -191,13 +216,6 @@ def take_chosen(
     edit.output(result)
     edit.refresh()
     edit.sweep()
-
-
-def padded_from(edit: Rewriter, layer: int) -> None:
-    """From `layer` on visual tokens may be padding in any prompt: attention must not rely on `prefix`."""
-    for node in attentions(edit.graph):
-        if info(node).layer >= layer and node.target == ops.attention:
-            edit.set_args(node, replace(Attention.of(node), prefix=-1).args)
 
 
 def token_inputs(graph: fx.Graph) -> dict[str, int]:

@@ -11,9 +11,12 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import foveate
+from foveate.clip import questions_for
 from foveate.errors import InputError, PassError
+from foveate.models import digits
 from foveate.models.random import random_inputs, random_llava
 from foveate.passes import CDPruner, CutVisual, DivPrune, FastV, NeighborAttention
+from tests.cli.conftest import Run, run  # noqa: F401  # a fixture
 from tests.oracle import vision
 from tests.oracle.masked import masked_forward, masked_greedy
 from tests.oracle.masks import Masks, Neighbors, Prune
@@ -27,11 +30,17 @@ SPACE = 12
 
 @pytest.fixture(scope="module")
 def clip(gqa: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
-    """A CLIP of the tower's width, and its folder; texts longer than eight tokens are cut."""
+    """A CLIP of the tower's width, and its folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    return made_for(gqa, folder), str(folder)
+
+
+def made_for(model: Any, folder: Path) -> Any:
+    """A CLIP of a model's tower, written to a folder; texts longer than eight tokens are cut."""
     text = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 10, "bos_token_id": 0, "eos_token_id": 1}
     text["projection_dim"] = SPACE
-    tower = gqa.config.vision_config.to_dict()
+    tower = model.config.vision_config.to_dict()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = CLIPModel(CLIPConfig(text_config=text, vision_config=tower, projection_dim=SPACE)).eval()
@@ -41,14 +50,13 @@ def clip(gqa: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
                     parameter.normal_(0, 0.3)
             made.vision_model.post_layernorm.weight.normal_(1, 0.2)
             made.vision_model.post_layernorm.bias.normal_(0, 0.2)
-    folder = tmp_path_factory.mktemp("clip")
     made.save_pretrained(folder)
     letters = sorted({letter for word in WORDS for letter in word})
     names = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    return made, str(folder)
+    return made
 
 
 def asked(images: int) -> torch.Tensor:
@@ -136,6 +144,38 @@ def test_a_saved_program_needs_no_clip(gqa: Any, clip: Any, tmp_path: Path) -> N
         assert torch.equal(foveate.load(tmp_path / "x")(**inputs, questions=asked(1)).logits, expected)
     labels = torch.where(inputs["input_ids"] == gqa.config.image_token_id, -100, inputs["input_ids"])
     assert optimized(**inputs, labels=labels, questions=asked(1)).loss.isfinite()
+
+
+def test_a_model_is_given_what_its_pass_asks_for(gqa: Any, clip: Any, tmp_path: Path) -> None:
+    texts = ["what is this ?", "a cat"]
+    found = questions_for(optimize(gqa, [CDPruner(0.4, clip=clip[1])]), texts)
+    assert torch.equal(found["questions"], foveate.questions(clip[1], texts))
+    for other in (gqa, optimize(gqa, [CDPruner(0.4, clip="none")]), optimize(gqa, [FastV(2, 0.5)])):
+        assert questions_for(other, texts) == {}
+    made_for(gqa, tmp_path / "moved")
+    optimized = optimize(gqa, [CDPruner(0.4, clip=str(tmp_path / "moved"))])
+    (tmp_path / "moved").rename(tmp_path / "away")
+    assert questions_for(optimized, []) == {}
+    with pytest.raises(InputError, match="moved is no folder; give a local CLIP"):
+        questions_for(optimized, texts)
+
+
+@pytest.mark.slow
+def test_commands_give_the_question(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    made_for(digits.load()[0], tmp_path / "clip")
+    passes = f"cdpruner{{keep=0.3,clip={tmp_path / 'clip'},theta=0.9}}"
+    asked = digits.samples(task="lookup", n=2, seed=5)
+    asked[0].image.save(tmp_path / "x.png")
+    kept = []
+    for question in ("what is this ?", "a a a a a a"):
+        told = run("run", "digits", "-p", passes, "--image", tmp_path / "x.png", "--prompt", question, "--json")
+        assert told.exit_code == 0, told.stderr
+        kept.append(json.loads(told.stdout)["kept"]["0"])
+    assert len(kept[0]) == len(kept[1]) == 43
+    assert kept[0] != kept[1]
+    told = run("eval", "digits", "-p", passes, "-n", 2, "--json")
+    assert told.exit_code == 0, told.stderr
+    assert json.loads(told.stdout)["optimized"]["n"] == 2
 
 
 def test_questions_are_clip_s_own(clip: Any) -> None:

@@ -24,15 +24,7 @@ from foveate.errors import PassError
 from foveate.ir.attention import Attention, attentions, looks_at_visual
 from foveate.ir.program import NodeInfo
 from foveate.ir.rewriter import Rewriter
-from foveate.ir.select import (
-    first_of_layer,
-    hidden_into,
-    keep_tokens,
-    live_into,
-    padded_from,
-    take_chosen,
-    visual_order_at,
-)
+from foveate.ir.select import first_of_layer, hidden_into, keep_by_rank, keep_tokens, live_into, visual_order_at
 from foveate.passes.base import Pass, number
 from foveate.passes.select.selector import check_selection
 
@@ -100,28 +92,21 @@ class SparseVLM(Pass):
         with edit.before(first_of_layer(edit.graph, 0)):
             raters = edit.call(ops.raters, *streams, about=about)
         for stage, layer in enumerate(self.layers):
-            if self.scale is not None:
-                self._stage(edit, layer, None, raters, reach)
-                yield f"behind layer {layer}: floor({self.scale:.4g} x (visual tokens - rank)) go by text's attention"
-            else:
-                keep = float(self.shares()[stage])
-                self._stage(edit, layer, keep, raters, reach)
-                yield f"behind layer {layer}: floor({keep:.4g} x visual tokens) kept by the attention of text tokens"
+            yield f"behind layer {layer}: {self._stage(edit, stage, raters, reach)} by the attention of text tokens"
 
-    def _stage(self, edit: Rewriter, layer: int, keep: float | None, raters: fx.Node, reach: fx.Node) -> None:
-        graph = edit.graph
-        seen = Attention.of(next(n for n in attentions(graph, layer, "text") if looks_at_visual(n)))
-        live, hidden = live_into(graph, layer + 1), hidden_into(edit, layer + 1)
+    def _stage(self, edit: Rewriter, stage: int, raters: fx.Node, reach: fx.Node) -> str:
+        graph, layer = edit.graph, self.layers[stage] + 1
+        seen = Attention.of(next(n for n in attentions(graph, layer - 1, "text") if looks_at_visual(n)))
+        live, hidden = live_into(graph, layer), hidden_into(edit, layer)
         rows = seen.q[0], seen.k, seen.q_order[0], seen.k_order, raters, seen.scale
-        about, order = NodeInfo(layer + 1, "select", "visual", self.name), visual_order_at(graph, layer + 1)
-        merged = hidden if self.recycle else None
-        with edit.before(first_of_layer(graph, layer + 1)):
+        about = NodeInfo(layer, "select", "visual", self.name)
+        with edit.before(first_of_layer(graph, layer)):
             scores = edit.call(ops.rater_scores, *rows, about=about)
-            if keep is not None:
-                keep_tokens(edit, layer + 1, scores, keep, live, reach, merged)
-                return
+        if self.scale is None:
+            keep = float(self.shares()[stage])
+            keep_tokens(edit, layer, scores, keep, live, reach, hidden if self.recycle else None)
+            return f"floor({keep:.4g} x visual tokens) kept"
+        with edit.after(scores):
             rank = edit.call(ops.rater_rank, *rows, about=about.with_(stream="none"))
-            limits = rank, seen.q_order[0], self.scale, self.recycle
-            chosen = edit.call(ops.rank_tokens, scores, order, hidden, *limits, about=about)
-        take_chosen(edit, layer + 1, chosen, live, merged)
-        padded_from(edit, layer + 1)
+        keep_by_rank(edit, layer, scores, rank, self.scale, live, hidden, self.recycle)
+        return f"floor({self.scale:.4g} x (visual tokens - rank)) go"
