@@ -175,7 +175,7 @@ def captured_decode(program: Any, inputs: dict[str, Tensor], steps: int = 8) -> 
         out, times = program(**inputs), []
         token = inputs["input_ids"][:, -1:]
         for _ in range(2 + steps):
-            out, spent = timed(partial(program, input_ids=token, past_key_values=out.past_key_values))
+            out, spent = timed(partial(program, input_ids=token, past_key_values=out.cache))
             times.append(spent)
         return {"captured_decode_s": statistics.median(times[2:])}
     except Exception as error:  # a figure that is missing, not the end

@@ -17,6 +17,7 @@ from foveate.api import cost, optimize
 from foveate.backends.base import BACKENDS
 from foveate.errors import InputError
 from foveate.evaluate import Tick, silent
+from foveate.generation import CACHE
 from foveate.ir.cost import Cost
 from foveate.machine import WARMUPS, environment, thread_count, timed
 from foveate.models.random import random_inputs
@@ -175,8 +176,8 @@ def _one(model: Any, inputs: Inputs, new_tokens: int) -> tuple[float, list[float
     token = inputs["input_ids"][:, -1:]
     steps = []
     for _ in range(new_tokens):
-        cache = out.past_key_values
-        out, spent = timed(partial(model, input_ids=token, past_key_values=cache, use_cache=True))
+        cache = {CACHE: getattr(out, CACHE)}
+        out, spent = timed(partial(model, input_ids=token, use_cache=True, **cache))
         steps.append(spent)
     return prefill, steps
 

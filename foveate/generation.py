@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,13 @@ from transformers.utils import ModelOutput
 from foveate.cache import VisualTextCache
 from foveate.ir.program import Program
 
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+"""What the installed transformers calls the cache in calls and in `generate`; `cache` from 5.24 on."""
+
 
 @dataclass
 class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
@@ -20,7 +28,7 @@ class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
 
     loss: of the labels that were given. logits: [B, 1, V] of the token after the last; with labels [B, k, V], one for
     each label of a row. labels: int64 [B, k], what those logits should predict, -100 where a row has fewer than k.
-    past_key_values: the cache. kept: for each layer before which visual tokens were selected, the places in the prompt
+    cache, also as past_key_values: the cache. kept: for each layer before which visual tokens were selected, the places in the prompt
     of those that stay, int64 [B, k], padded with the largest int64. held: for each layer whose cache keys are evicted
     from, the places in the prompt of those that stay in each key head, int64 [B, Hk, C], padded in the same way.
     """
@@ -28,9 +36,14 @@ class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
     loss: Tensor | None = None
     logits: Tensor | None = None
     labels: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     kept: dict[int, Tensor] | None = None
     held: dict[int, Tensor] | None = None
+
+    @property
+    def past_key_values(self) -> Any:
+        """The cache, by the name that transformers gave it before 5.24."""
+        return self.cache
 
 
 class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyped
@@ -42,14 +55,16 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         self,
         input_ids: Tensor,
         past_key_values: VisualTextCache | None = None,
+        cache: VisualTextCache | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         questions: Tensor | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """The whole prompt first, then what the cache has not seen."""
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values}
+        cache = past_key_values if cache is None else cache
+        seen = cache.get_seq_length() if cache is not None else 0
+        inputs = {"input_ids": input_ids[:, seen:], "cache": cache}
         inputs["use_cache"] = options.get("use_cache", True)
         if not seen:
             inputs |= {"attention_mask": attention_mask, "pixel_values": pixel_values, "questions": questions}
@@ -58,8 +73,16 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *unused: Any, **also_unused: Any
     ) -> None:
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = VisualTextCache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = VisualTextCache()
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: NextToken, model_kwargs: dict[str, Any], *rest: Any, **options: Any
+    ) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *rest, **options)
+        if outputs.cache is not None:
+            kwargs[CACHE] = outputs.cache
+        return kwargs
 
     def _expand_inputs_for_generation(
         self,

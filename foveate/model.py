@@ -90,6 +90,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: VisualTextCache | None = None,
+        cache: VisualTextCache | None = None,
         use_cache: bool = True,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -111,12 +112,13 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         if labels is not None:
             seen = pixel_values, questions
             return self._run_train(input_ids, seen, attention_mask, position_ids, labels, num_items_in_batch)
-        if past_key_values is not None and past_key_values.get_seq_length():
-            if not isinstance(past_key_values, VisualTextCache):
-                raise InputError(f"past_key_values is a {type(past_key_values).__name__}; give one this model returned")
-            return self._run_decode(input_ids, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if cache is not None and cache.get_seq_length():
+            if not isinstance(cache, VisualTextCache):
+                raise InputError(f"the cache is a {type(cache).__name__}; give one that this model returned")
+            return self._run_decode(input_ids, cache)
         inputs, streams = self.prefill_inputs(input_ids, pixel_values, attention_mask, position_ids, questions)
-        return self._run_prefill(input_ids, inputs, streams, past_key_values, use_cache)
+        return self._run_prefill(input_ids, inputs, streams, cache, use_cache)
 
     def _run_prefill(
         self,
@@ -135,7 +137,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             cache.fill(out["kv"], orders, streams.text.order, *place, held)
         return NextToken(
             logits=out["logits"],
-            past_key_values=cache if use_cache else None,
+            cache=cache if use_cache else None,
             kept=self._kept(out["kept"], streams),
             held={int(n): _placed(state[0], streams) for n, state in held.items()} or None,
         )
@@ -215,7 +217,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             out = self._run["decode"]({**cache.inputs(), **inputs})
             logits = out["logits"]
             cache.extend(out["kv"], order, out.get("scores"))
-        return NextToken(logits=logits, past_key_values=cache)
+        return NextToken(logits=logits, cache=cache)
 
     def _images(
         self, run: Mapping[str, Runner], pixel_values: Tensor | None, questions: Tensor | None
@@ -352,5 +354,5 @@ def _refuse(options: dict[str, Any]) -> None:
     if unknown:
         raise InputError(
             f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, pixel_values, "
-            "attention_mask, position_ids, past_key_values, use_cache, labels and questions"
+            "attention_mask, position_ids, cache (past_key_values), use_cache, labels and questions"
         )

@@ -25,6 +25,7 @@ class VisualTextCache:
 
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)  # no layer has linear attention
 
     def __init__(self) -> None:
         self.fixed: dict[str, Tensor] = {}
