@@ -1,0 +1,47 @@
+"""The copy of a graph that TensorRT gets, where it differs from the one that ONNX Runtime runs.
+
+    Attention(q, k, v, softmax_precision=1)    before
+    Attention(q, k, v, TRT_decomposable=1)     after
+
+`TRT_decomposable` lets TensorRT compute the node from matmuls where it has no fused kernel; ONNX Runtime refuses the
+attribute. The parser refuses `softmax_precision`, so the copy leaves the precision of the softmax to TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def adapted(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """A copy for TensorRT, with the same weights in the same places; None if the graph can be taken as it is."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    bodies = (copy.graph.node, *(function.node for function in copy.functions))
+    changed = [_attention(node) for body in bodies for node in _all(body) if _is_attention(node)]
+    return copy if changed else None
+
+
+def _all(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _all(graph.node)
+
+
+def _is_attention(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Attention" and node.domain in ("", "ai.onnx")
+
+
+def _attention(node: onnx.NodeProto) -> None:
+    from onnx import helper
+
+    kept = [a for a in node.attribute if a.name not in ("softmax_precision", "TRT_decomposable")]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute("TRT_decomposable", 1)])
