@@ -23,8 +23,10 @@ def adapted(model: onnx.ModelProto) -> onnx.ModelProto | None:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     bodies = (copy.graph.node, *(function.node for function in copy.functions))
-    changed = [_attention(node) for body in bodies for node in _all(body) if _is_attention(node)]
-    return copy if changed else None
+    attentions = [node for body in bodies for node in _all(body) if _is_attention(node)]
+    for node in attentions:
+        _adapt(node)
+    return copy if attentions else None
 
 
 def _all(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
@@ -39,7 +41,7 @@ def _is_attention(node: onnx.NodeProto) -> bool:
     return node.op_type == "Attention" and node.domain in ("", "ai.onnx")
 
 
-def _attention(node: onnx.NodeProto) -> None:
+def _adapt(node: onnx.NodeProto) -> None:
     from onnx import helper
 
     kept = [a for a in node.attribute if a.name not in ("softmax_precision", "TRT_decomposable")]

@@ -159,7 +159,7 @@ def _lint(models: Mapping[str, onnx.ModelProto], tensorrt: str | None) -> dict[s
 def _references(
     models: Mapping[str, onnx.ModelProto], references: Mapping[str, tuple[Arrays, Arrays]]
 ) -> dict[str, bytes]:
-    files = {}
+    files: dict[str, bytes] = {}
     for name, (inputs, outputs) in references.items():
         if name not in models:
             raise ArtifactError(f"references are for {name}; the graphs are {', '.join(models)}")

@@ -120,7 +120,7 @@ def attributes(node: onnx.NodeProto) -> Mapping[str, object]:
 
 
 def _described(info: onnx.ValueInfoProto) -> Value:
-    if info.HasField("type") and not info.type.HasField("tensor_type"):
+    if info.type.WhichOneof("value") not in (None, "tensor_type"):
         return Value(is_tensor=False)
     described = info.type.tensor_type
     if not described.HasField("shape"):
