@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +308,9 @@ def test_weights_are_not_read(tmp_path: Path) -> None:
     decoder(tmp_path / "d.onnx", weights="/etc/hostname")
     (tmp_path / "model.safetensors").unlink()
     assert [f.rule for f in lint(tmp_path / "d.onnx")] == ["Attention.softmax-precision"]
+
+
+def test_without_onnx_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(BackendError, match="needs onnx: pip install"):
+        lint(tmp_path / "x.onnx")
