@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +46,13 @@ class Finding:
         return f"{where}{self.problem}; it takes {self.right} [{self.rule}: {self.source}]"
 
 
-def lint(model: Source | onnx.ModelProto, tensorrt: str | None = None) -> list[Finding]:
+def lint(
+    model: Source | onnx.ModelProto, tensorrt: str | None = None, largest: Mapping[str, int] | None = None
+) -> list[Finding]:
     """What in an ONNX model, or in its file, breaks a row of the table; nothing if all is well.
 
     tensorrt: the version that is to build it, such as "10.14", where it is older than the table's.
+    largest: the largest sizes of symbolic dimensions, so that a limit on what is computed from sizes is checked too.
     Raises ArtifactError for a file that is no ONNX model.
     """
     name = str(model) if isinstance(model, (str, os.PathLike)) else "the model"
@@ -57,7 +60,7 @@ def lint(model: Source | onnx.ModelProto, tensorrt: str | None = None) -> list[F
     table = operators()
     target = _target(table, tensorrt)
     flat = with_shapes(without_functions(proto, name), name)
-    return [*_opsets(flat, table), *_graph(flat.graph, table, target, None, "")]
+    return [*_opsets(flat, table), *_graph(flat.graph, table, target, Scope(flat.graph, largest or {}), "")]
 
 
 def to_json(findings: Iterable[Finding], model: onnx.ModelProto) -> dict[str, Any]:
@@ -103,10 +106,7 @@ def _opsets(model: onnx.ModelProto, table: Table) -> Iterator[Finding]:
             yield Finding("", "", "opset", f"opset {entry.version}", right, table.sources["operators"])
 
 
-def _graph(
-    graph: onnx.GraphProto, table: Table, target: Version, outer: Scope | None, prefix: str
-) -> Iterator[Finding]:
-    scope = Scope(graph, outer)
+def _graph(graph: onnx.GraphProto, table: Table, target: Version, scope: Scope, prefix: str) -> Iterator[Finding]:
     known = {*(i.name for i in graph.input), *(t.name for t in graph.initializer)}
     for name in sorted(known):
         yield from _dtype(scope.get(name), name, f"{prefix}{name}", "input", table)
@@ -117,7 +117,8 @@ def _graph(
             yield from _dtype(scope.get(name), name, place, node.op_type, table)
         yield from _node(node, place, scope, table, target)
         for attribute, inner in _subgraphs(node):
-            yield from _graph(inner, table, target, scope, f"{place}/{attribute}/")
+            inside = Scope(inner, scope.largest, scope)
+            yield from _graph(inner, table, target, inside, f"{place}/{attribute}/")
 
 
 def _dtype(value: Value, name: str, place: str, op: str, table: Table) -> Iterator[Finding]:
@@ -192,8 +193,8 @@ def _input_breaks(name: str, value: Value, check: Check, table: Table) -> str | 
             open_axes = [d for d in value.shape or () if isinstance(d, str)]
             return f"{name} has axes of open length" if open_axes else None
         case _:
-            numbers = value.numbers() or []
-            return f"{name} is {max(numbers):g}" if numbers and max(numbers) >= check.limit else None
+            most = None if value.numbers is None else float(value.numbers.max())
+            return f"{name} is {most:g}" if most is not None and most >= check.limit else None
 
 
 def _element(dtype: int) -> str:

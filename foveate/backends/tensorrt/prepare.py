@@ -92,7 +92,8 @@ def prepare(
     models = _models(folder)
     made = profiles.profiles(models, ranges)
     copies = {name: adapted(model) for name, model in models.items()}
-    report = _lint({name: copies[name] or model for name, model in models.items()}, tensorrt)
+    largest = {name: sizes[2] for name, sizes in ranges.items()}
+    report = _lint({name: copies[name] or model for name, model in models.items()}, tensorrt, largest)
     given = _references(models, references or {})
     jobs = [
         Job(name, name + (COPY if copies[name] else ".onnx"), made[name], f"{name}.in.json" in given) for name in models
@@ -145,8 +146,8 @@ def _models(folder: Path) -> dict[str, onnx.ModelProto]:
     return models
 
 
-def _lint(models: Mapping[str, onnx.ModelProto], tensorrt: str | None) -> dict[str, Any]:
-    found = {name: lint.lint(model, tensorrt) for name, model in models.items()}
+def _lint(models: Mapping[str, onnx.ModelProto], tensorrt: str | None, largest: Mapping[str, int]) -> dict[str, Any]:
+    found = {name: lint.lint(model, tensorrt, largest) for name, model in models.items()}
     lines = [f"{name}: {finding}" for name, findings in found.items() for finding in findings]
     if lines:
         rest = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foveate.errors import ArtifactError, BackendError
 
@@ -40,6 +40,8 @@ def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
         raise ArtifactError(f"{path} is no ONNX model: it cannot be decoded") from None
     if not model.graph.node or not model.opset_import:
         raise ArtifactError(f"{path} is no ONNX model: it has no nodes, or names no opset")
+    if not _is_text(model):
+        raise ArtifactError(f"{path} is no ONNX model: a name in it is no Unicode text")
     return model
 
 
@@ -89,6 +91,17 @@ def with_shapes(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
         return inferred
     except Exception as error:
         raise ArtifactError(f"{name} is no valid ONNX model: {_line(error)}") from None
+
+
+def _is_text(message: Any) -> bool:
+    """Whether every string in a protobuf message is one; the decoder leaves those that are not as bytes."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        items = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
+        if not all(_is_text(item) if hasattr(item, "ListFields") else isinstance(item, str) for item in items):
+            return False
+    return True
 
 
 def _line(error: Exception) -> str:

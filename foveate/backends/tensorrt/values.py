@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import onnx
 
-SAME_NUMBERS = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze")
-"""Operators whose output holds the numbers of their first input."""
+ARITHMETIC = {"Add", "Cast", "Ceil", "Concat", "Div", "Floor", "Gather", "Identity", "Max", "Min", "Mod", "Mul"}
+ARITHMETIC |= {"Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
+"""Operators that sizes are computed with; what they make of few numbers are few numbers."""
 
 FEW = 64
-"""Numbers that a constant may have to be looked at."""
+"""Numbers that a tensor may have to be looked at."""
 
 
 @dataclass(frozen=True)
@@ -21,38 +26,26 @@ class Value:
     """One tensor. dtype: as ONNX numbers element types; 0 where it is not known.
 
     constant: the same in every run. shape_like: decided by constants and shapes alone, so known before data is.
+    numbers: of a small constant in the file, or of what is computed from those and from the largest sizes.
     """
 
     dtype: int = 0
     shape: tuple[int | str, ...] | None = None
     constant: bool = False
     shape_like: bool = False
-    tensor: onnx.TensorProto | None = None
+    numbers: NDArray[Any] | None = None
     is_tensor: bool = True
-
-    def numbers(self) -> list[float] | None:
-        """A small constant's numbers; None where they are not known, or not in the file."""
-        from onnx import TensorProto, numpy_helper
-
-        held = self.tensor
-        if held is None or held.data_location == TensorProto.EXTERNAL or len(held.dims) > FEW:
-            return None
-        size = 1
-        for dim in held.dims:
-            size *= dim
-        if not 0 < size <= FEW:
-            return None
-        try:
-            return [float(x) for x in numpy_helper.to_array(held).reshape(-1)]
-        except Exception:  # A tensor whose bytes do not fit its shape; each kind of damage has its own error.
-            return None
 
 
 class Scope:
-    """The values of a graph by name, those of the graphs around it included."""
+    """The values of a graph by name, those of the graphs around it included.
 
-    def __init__(self, graph: onnx.GraphProto, outer: Scope | None = None) -> None:
+    largest: the largest size of symbolic dimensions, as far as they are known.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, largest: Mapping[str, int], outer: Scope | None = None) -> None:
         self.outer = outer
+        self.largest = largest
         self.values: dict[str, Value] = {}
         for info in (*graph.value_info, *graph.output, *graph.input):
             self.values[info.name] = _described(info)
@@ -81,14 +74,13 @@ class Scope:
         if node.op_type == "Constant":
             made = next(_constants(node), Value(constant=True, shape_like=True))
         elif node.op_type in ("Shape", "Size"):
-            made = Value(shape_like=True)
+            made = Value(shape_like=True, numbers=self._sizes(node, inputs))
         else:
             plain = bool(inputs) and not any(a.HasField("g") or a.graphs for a in node.attribute)
-            kept = inputs[0].tensor if inputs and node.op_type in SAME_NUMBERS else None
             made = Value(
                 constant=plain and all(v.constant for v in inputs),
                 shape_like=plain and all(v.shape_like for v in inputs),
-                tensor=kept,
+                numbers=_computed(node, [self.get(name).numbers for name in node.input]),
             )
         for name in filter(None, node.output):
             known = self.values.get(name, Value())
@@ -98,15 +90,25 @@ class Scope:
                 shape=made.shape if known.shape is None else known.shape,
                 constant=made.constant,
                 shape_like=made.shape_like,
-                tensor=made.tensor,
+                numbers=made.numbers,
             )
 
+    def _sizes(self, node: onnx.NodeProto, inputs: Sequence[Value]) -> NDArray[Any] | None:
+        if node.op_type != "Shape" or not inputs or inputs[0].shape is None:
+            return None
+        start, end = (attributes(node).get(name) for name in ("start", "end"))
+        if not all(x is None or isinstance(x, int) for x in (start, end)):
+            return None
+        axes = inputs[0].shape[start:end]
+        sizes = [self.largest.get(d) if isinstance(d, str) else d for d in axes]
+        return None if None in sizes or len(sizes) > FEW else np.array(sizes, np.int64)
 
-def attributes(node: onnx.NodeProto) -> Mapping[str, object]:
-    """A node's plain attributes: numbers, strings (as text) and lists of them; others by name only."""
+
+def attributes(node: onnx.NodeProto) -> Mapping[str, Any]:
+    """A node's plain attributes: numbers and strings (as text); others by name only."""
     from onnx import AttributeProto
 
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for attribute in node.attribute:
         if attribute.type == AttributeProto.INT:
             found[attribute.name] = attribute.i
@@ -130,7 +132,33 @@ def _described(info: onnx.ValueInfoProto) -> Value:
 
 
 def _constant(tensor: onnx.TensorProto) -> Value:
-    return Value(tensor.data_type, tuple(tensor.dims), True, True, tensor)
+    return Value(tensor.data_type, tuple(tensor.dims), True, True, _numbers(tensor))
+
+
+def _numbers(tensor: onnx.TensorProto) -> NDArray[Any] | None:
+    from onnx import TensorProto, numpy_helper
+
+    if tensor.data_location == TensorProto.EXTERNAL or len(tensor.dims) > FEW or not 0 < prod(tensor.dims) <= FEW:
+        return None
+    try:
+        return numpy_helper.to_array(tensor)
+    except Exception:  # A tensor whose bytes do not fit its shape; each kind of damage has its own error.
+        return None
+
+
+def _computed(node: onnx.NodeProto, inputs: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """What a node makes of numbers that are known; None unless all are, and few."""
+    from onnx.reference import ReferenceEvaluator
+
+    if node.op_type not in ARITHMETIC or node.domain or not inputs or any(x is None for x in inputs):
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            results: Any = ReferenceEvaluator(node).run(None, dict(zip(node.input, inputs)))
+            made = np.asarray(results[0])
+    except Exception:  # Inputs that do not fit the operator: the evaluator has no error class of its own.
+        return None
+    return made if made.dtype.kind in "biuf" and 0 < made.size <= FEW else None
 
 
 def _constants(node: onnx.NodeProto) -> Iterator[Value]:

@@ -193,6 +193,36 @@ def test_k_may_come_from_shapes_and_constants() -> None:
     assert lint(model(nodes[3:], {**ROWS, "k": (INT64, [1])}, ("y", "i"))) == []
 
 
+@pytest.mark.parametrize(("tokens", "rules"), [(7679, []), (7680, ["TopK.k"])])
+def test_k_from_shapes_is_held_to_the_limit_at_the_largest_sizes(tokens: int, rules: list[str]) -> None:
+    """Half the tokens, floor(0.5 * n), at least one: as exporters write it."""
+    nodes = [
+        node("Shape", ["x"], ["s"], start=1, end=2),
+        node("Squeeze", ["s"], ["n"]),
+        node("Cast", ["n"], ["f"], to=FLOAT),
+        node("Mul", ["f", "half"], ["h"]),
+        node("Floor", ["h"], ["g"]),
+        node("Cast", ["g"], ["w"], to=INT64),
+        node("Max", ["w", "one"], ["m"]),
+        node("Reshape", ["m", "one"], ["k"]),
+        node("TopK", ["x", "k"], ["y", "i"], "n"),
+    ]
+    constants = {"half": np.float32(0.5), "one": np.array([1])}
+    made = model(nodes, ROWS, ("y", "i"), constants)
+    assert [f.rule for f in lint(made, largest={"tokens": tokens})] == rules
+    assert lint(made) == []
+
+
+def test_numbers_are_computed_of_few_numbers_only() -> None:
+    nodes = [
+        node("Concat", ["c"] * 40, ["a"], axis=0),
+        node("Concat", ["a"] * 40, ["b"], axis=0),
+        node("ReduceMax", ["b"], ["k"]),
+        node("TopK", ["x", "k"], ["y", "i"]),
+    ]
+    assert lint(model(nodes, ROWS, ("y", "i"), {"c": np.array([5000])})) == []
+
+
 def test_constants_are_seen_through_what_keeps_their_numbers() -> None:
     nodes = [
         node("Constant", [], ["c"], value_int=4000),
@@ -293,9 +323,17 @@ def test_damaged_files_never_give_a_traceback(tmp_path: Path) -> None:
             content[at] = rng.integers(0, 256)
         path.write_bytes(content)
         try:
-            lint(path)
+            lint(path, largest={"batch": 8, "visual_tokens": 2304})
         except ArtifactError as error:
             assert "\n" not in str(error)
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    decoder(tmp_path / "d.onnx")
+    content = (tmp_path / "d.onnx").read_bytes().replace(b"attention", b"attenti\xff\xfe")
+    (tmp_path / "d.onnx").write_bytes(content)
+    with pytest.raises(ArtifactError, match="no Unicode text"):
+        lint(tmp_path / "d.onnx")
 
 
 def test_what_is_not_there_is_one_clear_error(tmp_path: Path) -> None:

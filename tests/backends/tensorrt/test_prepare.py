@@ -188,6 +188,15 @@ def test_a_graph_that_tensorrt_does_not_take_is_refused_before_anything_is_writt
     assert not list(package.glob("*.trt.onnx"))
 
 
+def test_the_largest_sizes_are_linted_too(package: Path) -> None:
+    nodes = [helper.make_node("Shape", ["x"], ["k"], start=1), helper.make_node("TopK", ["x", "k"], ["y", "i"], "sort")]
+    made = model(nodes, {"x": (FLOAT, ["batch", "text_tokens"])}, ("y", "i"))
+    (package / "sorted.onnx").write_bytes(made.SerializeToString())
+    prepare(package, RANGES)
+    with pytest.raises(BackendError, match="sorted: TopK 'sort': k is 4096"):
+        prepare(package, {**RANGES, "text_tokens": (1, 8, 4096)})
+
+
 def test_it_can_be_prepared_again_and_keeps_timings(package: Path) -> None:
     prepare(package, RANGES)
     (package / "trt" / "timing.cache").write_bytes(b"timings")
