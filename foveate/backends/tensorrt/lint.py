@@ -138,7 +138,14 @@ def _node(node: onnx.NodeProto, place: str, scope: Scope, table: Table, target: 
     row = table.operators.get(op)
     if row is None or not row.supported:
         problem = "not supported" if row else "not in the table"
-        yield Finding(place, op, op if row else "unknown", problem, "other operators", table.sources["operators"])
+        yield Finding(
+            place,
+            op,
+            op if row else "unknown",
+            problem,
+            "the operators that the table lists",
+            table.sources["operators"],
+        )
         return
     if row.since and target < row.since:
         since = ".".join(map(str, row.since))

@@ -141,7 +141,7 @@ def _models(folder: Path) -> dict[str, onnx.ModelProto]:
     models = {path.stem: read(path) for path in paths}
     for name, model in models.items():
         for word in (name, *(info.name for info in model.graph.input)):
-            if not PLAIN.fullmatch(word):
+            if not PLAIN.fullmatch(word) or name == FOLDER:
                 raise ArtifactError(f"{folder}: {word!r} is no name for a graph or an input")
     return models
 
@@ -207,11 +207,13 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _build(folder: Path, jobs: list[Job]) -> None:
     """Run the scripts, which build, save and compare. Not run here: no machine of ours has had TensorRT yet."""
-    script = folder.resolve() / FOLDER / "build_trt.py"
-    done = subprocess.run([sys.executable, str(script)], cwd=folder, capture_output=True, text=True)
+    package = folder.resolve()
+    log = package / FOLDER / "build.log"
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, str(package / FOLDER / "build_trt.py")]
+        done = subprocess.run(command, cwd=package, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        line = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise BackendError(f"TensorRT was not built; everything for it is in {folder / FOLDER}: {line}")
+        raise BackendError(f"TensorRT was not built, though everything for it is prepared; the reason is in {log}")
     missing = [job.engine for job in jobs if not (folder / job.engine).is_file()]
     if missing:
         raise BackendError(f"the build ended without {', '.join(missing)}")

@@ -31,7 +31,8 @@ here = Path(__file__).resolve().parent
 for script in sorted(here.glob("build_*.py")):
     if script.name != Path(__file__).name:
         print(script.name, flush=True)
-        subprocess.run([sys.executable, str(script)], cwd=here.parent, check=True)
+        if subprocess.run([sys.executable, str(script)], cwd=here.parent).returncode:
+            sys.exit(f"{{script.name}} failed, for the reason above")
 '''
 
 

@@ -136,6 +136,7 @@ def test_without_tensorrt_the_build_fails_and_says_what_it_lacks(package: Path) 
     done = subprocess.run([sys.executable, "trt/build_trt.py"], cwd=package, capture_output=True, text=True)
     assert done.returncode != 0
     assert "tensorrt" in done.stderr + done.stdout
+    assert done.stderr.endswith("build_decoder_prefill.py failed, for the reason above\n")
     assert not list(package.rglob("*.engine"))
 
 
@@ -168,7 +169,23 @@ def test_without_polygraphy_the_status_says_so(package: Path, monkeypatch: pytes
 def test_a_build_that_fails_is_no_success(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT that seems to be there and is not: the scripts run, and their error is told."""
     monkeypatch.setattr(module, "importable", lambda: True)
-    with pytest.raises(BackendError, match="TensorRT was not built; everything for it is in"):
+    with pytest.raises(BackendError, match="TensorRT was not built, though everything for it is prepared"):
+        prepare(package, RANGES)
+    assert "build_decoder_prefill.py failed" in (package / "trt" / "build.log").read_text()
+    assert json.loads((package / "trt" / "status.json").read_text())["status"] == PREPARED
+
+
+@polygraphy
+def test_built_means_that_every_engine_is_there(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scripts that stand in for TensorRT: what is said about them, not what they do."""
+    write = "open('trt/{}.engine', 'wb').write(b'stand-in')"
+    monkeypatch.setattr(module, "importable", lambda: True)
+    monkeypatch.setattr(module, "polygraphy_script", lambda job, options, folder: write.format(job.graph))
+    status = prepare(package, RANGES)
+    assert str(status) == "TensorRT: built trt/decoder_prefill.engine, trt/embed_tokens.engine"
+    assert json.loads((package / "trt" / "status.json").read_text())["status"] == "built"
+    monkeypatch.setattr(module, "polygraphy_script", lambda job, options, folder: "")
+    with pytest.raises(BackendError, match=r"ended without trt/decoder_prefill.engine, trt/embed_tokens.engine"):
         prepare(package, RANGES)
     assert json.loads((package / "trt" / "status.json").read_text())["status"] == PREPARED
 
@@ -230,6 +247,7 @@ def spoil(name: str, content: bytes) -> Callable[[Path], object]:
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle": (spoil("embed_tokens.onnx", b"\x80\x04\x95cbuiltins\neval\n"), "embed_tokens.onnx is no ONNX model"),
     "empty": (spoil("embed_tokens.onnx", b""), "embed_tokens.onnx is no ONNX model"),
+    "a graph that takes a script's name": (spoil("trt.onnx", ADD.SerializeToString()), "'trt' is no name"),
     "graph name": (spoil("a;rm -rf x.onnx", ADD.SerializeToString()), "'a;rm -rf x' is no name"),
     "input name": (
         spoil(
