@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.api import cost, diff, load, optimize, trace
+    from foveate.api import cost, diff, export, load, optimize, trace
     from foveate.clip import questions
     from foveate.model import OptimizedModel
 
 __version__ = "0.1.0"
-__all__ = ["OptimizedModel", "__version__", "cost", "diff", "load", "optimize", "questions", "trace"]
+__all__ = ["OptimizedModel", "__version__", "cost", "diff", "export", "load", "optimize", "questions", "trace"]
 
 _HOME = {
     "optimize": "foveate.api",
@@ -18,6 +18,7 @@ _HOME = {
     "cost": "foveate.api",
     "diff": "foveate.api",
     "OptimizedModel": "foveate.model",
+    "export": "foveate.api",
     "questions": "foveate.clip",
 }
 

@@ -11,10 +11,11 @@ from foveate.ir.program import Program
 from foveate.ir.statistics import Statistics
 from foveate.model import OptimizedModel
 from foveate.models.registry import check_runs, family_of, trace_program
+from foveate.package import Exported
 from foveate.passes.pipeline import Passes, apply_pipeline
 from foveate.report.diff import DiffReport, Source, diff_report
 
-__all__ = ["cost", "diff", "load", "optimize", "trace"]
+__all__ = ["cost", "diff", "export", "load", "optimize", "trace"]
 
 
 def trace(model: Any) -> Program:
@@ -34,11 +35,11 @@ def optimize(
 ) -> OptimizedModel:
     """A faster model with the same calling convention.
 
-    passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager` or
-    `inductor`. calibration: statistics of the model, or the file that `foveate calibrate` made, for passes that want
-    them and have no `stats` of their own. traced: what `trace(model)` gave, so that several recipes can be tried on one
-    trace; it is not changed. The weights are shared with `model`, which is left as it was. Raises FoveateError
-    subclasses.
+    passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager`,
+    `inductor` or `onnx`. calibration: statistics of the model, or the file that `foveate calibrate` made, for passes
+    that want them and have no `stats` of their own. traced: what `trace(model)` gave, so that several recipes can be
+    tried on one trace; it is not changed. The weights are shared with `model`, which is left as it was. Raises
+    FoveateError subclasses.
     """
     family_of(model)
     check_runs(model.config.model_type)
@@ -48,11 +49,25 @@ def optimize(
     return OptimizedModel(program, model.config, model.generation_config, backend)
 
 
-def load(path: str | Path, backend: str = "eager", device: str = "cpu") -> OptimizedModel:
-    """Load what `OptimizedModel.save_pretrained` wrote; ArtifactError for a damaged or foreign folder."""
+def load(path: str | Path, backend: str | None = None, device: str = "cpu") -> OptimizedModel:
+    """Load what `OptimizedModel.save_pretrained` or `export` wrote; ArtifactError for a damaged or foreign folder.
+
+    backend: what runs it; None for what it was written for: `eager`, or `onnx` where it was exported.
+    """
     from foveate.artifact import load as load_artifact
 
     return load_artifact(Path(path), backend, device)
+
+
+def export(model: OptimizedModel, backend: str = "onnx", *, output: str | Path, verify: bool = True) -> Exported:
+    """Write an optimized model as a package for another runtime, into a new folder; see `foveate.package`.
+
+    verify: run the package on random prompts and hold it to eager torch. Raises BackendError for a backend or pass that
+    cannot be exported, ParityError where the package does not agree, ArtifactError where it cannot be written.
+    """
+    from foveate.package import export as export_model
+
+    return export_model(model, backend, Path(output), verify)
 
 
 def cost(program: Program, **sizes: Any) -> Cost:

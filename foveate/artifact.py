@@ -15,8 +15,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from foveate import __version__
 from foveate.backends.adapters import adapter_layers
+from foveate.backends.onnx.lowering import open_package
 from foveate.errors import ArtifactError, FoveateError
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import PassRecord, Program, Symbols, Weights
@@ -38,20 +40,28 @@ from foveate.models.registry import FAMILIES, check_runs
 FORMAT = 1
 MANIFEST = "foveate.json"
 FILES = ("program.txt", "model.safetensors", "config.json", "generation_config.json")
+GRAPHS = ("vision_encoder.onnx", "vision_rest.onnx", "embed_tokens.onnx", "decoder_prefill.onnx", "decoder_step.onnx")
+"""Files that an exported package may have besides; its manifest says which."""
 
 
 def save(model: OptimizedModel, folder: Path) -> None:
     """Write `model` to `folder`, which must not exist yet; ArtifactError if it does or cannot be written."""
+    with new_folder(folder) as work:
+        write_model(model, work)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to, which takes its name when everything went well, and is gone otherwise."""
     if folder.exists():
         raise ArtifactError(f"{folder} exists already; give a new folder, or remove it first")
-    _check(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}") from None
     try:
-        _write(model, work)
+        yield work
         work.chmod(0o755)
         work.rename(folder)
     except OSError as error:
@@ -66,14 +76,13 @@ def save_into(model: OptimizedModel, folder: Path, state: Mapping[str, Tensor] |
     state: the weights as `model.state_dict()` names them, where they are gathered from several processes. The manifest
     goes first and comes last, so that what lies there when the work is interrupted is not taken for a saved model.
     """
-    _check(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".foveate-", dir=folder))
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}") from None
     try:
-        _write(model, work, state)
+        write_model(model, work, state)
         (folder / MANIFEST).unlink(missing_ok=True)
         for name in (*FILES, MANIFEST):
             (work / name).replace(folder / name)
@@ -93,7 +102,9 @@ def _check(model: OptimizedModel) -> None:
         )
 
 
-def _write(model: OptimizedModel, work: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def write_model(model: OptimizedModel, work: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the files of a model, the manifest last, into a folder that is there."""
+    _check(model)
     program = model.program
     used = program.used_weights()
     state = model.state_dict() if state is None else state
@@ -115,8 +126,16 @@ def _write(model: OptimizedModel, work: Path, state: Mapping[str, Tensor] | None
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, backend: str, device: str) -> OptimizedModel:
-    """Read what `save` wrote.
+def add_graphs(work: Path, names: Sequence[str]) -> None:
+    """Say in the manifest of a folder just written that it has these graphs too, and runs by them."""
+    manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
+    manifest["backend"] = "onnx"
+    manifest["files"] |= {name: _sha256(work / name) for name in names}
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, backend: str | None, device: str) -> OptimizedModel:
+    """Read what `save` or `foveate.export` wrote; backend None: what it was written for.
 
     Raises ArtifactError for a folder that is missing, foreign, of another format, or whose files are not those
     that were written.
@@ -128,8 +147,10 @@ def load(folder: Path, backend: str, device: str) -> OptimizedModel:
         check_runs(config.model_type)
     with _reading(folder / "generation_config.json"):
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    backend = backend or manifest.get("backend", "eager")
+    packaged = backend == "onnx" and "decoder_prefill.onnx" in manifest["files"]
     with _reading(folder / "model.safetensors"):
-        weights = _weights(folder, manifest["parameters"], device)
+        weights = _weights(folder, manifest["parameters"], device, copy=not packaged)
         table = weights.get(info.paths["embed"])
         if table.dim() != 2 or table.shape[1] != info.hidden_size or not table.is_floating_point():
             raise ValueError(f"the token embedding is {table.dtype} {tuple(table.shape)}")
@@ -143,7 +164,8 @@ def load(folder: Path, backend: str, device: str) -> OptimizedModel:
         verify(program)
         program.graphs["decode"] = derive_decode(program)
         verify(program)
-    return OptimizedModel(program, config, generation, backend)
+    lowered = partial(open_package, program, folder) if packaged else None
+    return OptimizedModel(program, config, generation, backend, lowered)
 
 
 @contextmanager
@@ -172,9 +194,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise ArtifactError(f"{path} has format {found!r}; this foveate reads format {FORMAT}")
     files = manifest.get("files")
-    if not isinstance(files, dict) or set(files) != set(FILES):
-        raise ArtifactError(f"{path} must list exactly these files: {', '.join(FILES)}")
-    for name in FILES:
+    if not isinstance(files, dict) or not set(FILES) <= set(files) <= {*FILES, *GRAPHS}:
+        raise ArtifactError(f"{path} must list these files: {', '.join(FILES)}, and no others but exported graphs")
+    for name in (each for each in (*FILES, *GRAPHS) if each in files):
         # Only these names are opened, so a manifest cannot point outside its folder.
         if not (folder / name).is_file() or (folder / name).is_symlink():
             raise ArtifactError(f"{folder}/{name} is missing")
@@ -202,13 +224,14 @@ def _number(value: Any) -> float:
     return value
 
 
-def _weights(folder: Path, parameters: list[str], device: str) -> Weights:
+def _weights(folder: Path, parameters: list[str], device: str, copy: bool) -> Weights:
+    """All weights; those that another runtime reads for itself need no `copy`, and stay in the file until asked for."""
     weights = Weights()
     trainable = set(parameters)
     tensors = load_file(folder / "model.safetensors", device=device)
     for name in sorted(tensors):
         # A copy, because safetensors does not align what it reads, and alignment changes the last bits of a matmul.
-        value = tensors.pop(name).clone()
+        value = tensors.pop(name).clone() if copy else tensors.pop(name)
         if not all(part.isidentifier() or part.isdigit() for part in name.split(".")):
             raise ValueError(f"weight name {name!r}")
         weights.put(name, nn.Parameter(value) if name in trainable else value)

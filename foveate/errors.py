@@ -33,5 +33,9 @@ class BackendError(FoveateError):
     """A backend is unknown, not installed, or cannot lower this program."""
 
 
+class ParityError(BackendError):
+    """What a backend computes is not what eager torch computes; nothing was written."""
+
+
 class FoveateWarning(UserWarning):
     """Category of the warnings foveate issues, such as a pass that changed nothing."""

@@ -28,9 +28,10 @@ class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
 
     loss: of the labels that were given. logits: [B, 1, V] of the token after the last; with labels [B, k, V], one for
     each label of a row. labels: int64 [B, k], what those logits should predict, -100 where a row has fewer than k.
-    cache, also as past_key_values: the cache. kept: for each layer before which visual tokens were selected, the places in the prompt
-    of those that stay, int64 [B, k], padded with the largest int64. held: for each layer whose cache keys are evicted
-    from, the places in the prompt of those that stay in each key head, int64 [B, Hk, C], padded in the same way.
+    cache (or past_key_values): what decoding goes on from. kept: for each layer before which visual tokens were
+    selected, the places in the prompt of those that stay, int64 [B, k], padded with the largest int64. held: for each
+    layer whose cache keys are evicted from, the places in the prompt of those that stay in each key head, int64
+    [B, Hk, C], padded in the same way.
     """
 
     loss: Tensor | None = None

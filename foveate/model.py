@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.functional import embedding
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from foveate.backends.base import Runner, lower, lower_graph
+from foveate.backends.base import TRAINS, WHOLE_BUFFERS, Runner, lower, lower_graph
 from foveate.cache import VisualTextCache
 from foveate.errors import InputError
 from foveate.generation import Generates, NextToken
@@ -40,7 +40,15 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, program: Program, config: Any, generation_config: Any = None, backend: str = "eager") -> None:
+    def __init__(
+        self,
+        program: Program,
+        config: Any,
+        generation_config: Any = None,
+        backend: str = "eager",
+        lowered: Callable[[], dict[str, Runner]] | None = None,
+    ) -> None:
+        """lowered: what makes the runners, where they lie ready in a package and need not be lowered."""
         super().__init__(copy.deepcopy(config))
         self.generation_config = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(config)
         self.weights = program.weights
@@ -48,11 +56,12 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         self.backend = backend
         self.capture: Capture | None = None
         program.weights.as_linears(linear_weights(program))
+        self._lowered = lowered
         self._lower()
         self.eval()
 
     def _lower(self) -> None:
-        self._run = lower(self.program, self.backend)
+        self._run = lower(self.program, self.backend) if self._lowered is None else self._lowered()
         self._train: dict[str, Runner] = {}
         self._holders = self.weights.holders()
 
@@ -109,6 +118,8 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             raise InputError("input_ids is missing: give what the model's processor returns")
         if any(holder.replaced for holder in self._holders):
             self._lower()  # adapters came or went
+        if labels is not None and self.backend not in TRAINS:
+            raise InputError(f"the {self.backend} backend does not train; optimize or load the model with another one")
         if labels is not None:
             seen = pixel_values, questions
             return self._run_train(input_ids, seen, attention_mask, position_ids, labels, num_items_in_batch)
@@ -214,7 +225,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             logits = captured(self._run["decode"], cache, inputs, self.capture)
             cache.extend([], order)
         else:
-            out = self._run["decode"]({**cache.inputs(), **inputs})
+            out = self._run["decode"]({**cache.inputs(whole=self.backend in WHOLE_BUFFERS), **inputs})
             logits = out["logits"]
             cache.extend(out["kv"], order, out.get("scores"))
         return NextToken(logits=logits, cache=cache)

@@ -44,6 +44,7 @@ EVERYTHING = {
     "learn",
     "lmms",
     "machine",
+    "package",
     "train",
 } | {"__init__"}
 

@@ -19,9 +19,16 @@ Runner = Callable[[Inputs], dict[str, Any]]
 BACKENDS: dict[str, str] = {
     "eager": "foveate.backends.eager",
     "inductor": "foveate.backends.inductor",
+    "onnx": "foveate.backends.onnx",
 }
 """Backend name -> module with a `lower` function."""
 
+
+TRAINS = ("eager", "inductor")
+"""Backends whose weights may learn: training graphs run eagerly on each of them."""
+
+WHOLE_BUFFERS = ("onnx",)
+"""Backends whose steps read the cache's whole buffers, free room included, which need no copy to be contiguous."""
 
 SPLIT = ("prefill", "train")
 """Graphs in split form, whose streams are joined again where they do the same."""
@@ -45,9 +52,14 @@ def lower_graph(program: Program, backend: str, name: str, graph: fx.Graph) -> R
         raise BackendError(f"backend {backend!r} is not known; there are: {', '.join(BACKENDS)}")
     module = import_module(BACKENDS[backend])
     function: Lower = module.lower
+    return function(program, joined_graph(program, name, graph), name)
+
+
+def joined_graph(program: Program, name: str, graph: fx.Graph) -> fx.Graph:
+    """The graph as it runs: streams that do the same are one again."""
     # A CPU's matmuls over a few hundred tokens do not wait for weights, so reading some twice costs less than more ops.
     share = program.weights.device().type != "cpu"
-    return function(program, join(program, graph, share=share) if name in SPLIT else graph, name)
+    return join(program, graph, share=share) if name in SPLIT else graph
 
 
 def input_names(graph: fx.Graph) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "calibrate": "Count what heads and neurons do with images, for passes to use.",
     "inspect": "Draw what calibration found: attention by distance, by layer, active heads.",
     "optimize": "Optimize a model and save it in a new folder.",
+    "export": "Write a model, its passes inside the graphs, for ONNX Runtime.",
     "run": "Ask a question about an image.",
     "train": "Fine-tune a pruned model, so that it recovers what it lost.",
     "bench": "Time a model against its dense form and against Hugging Face.",

@@ -61,7 +61,7 @@ def is_saved(name: str) -> bool:
     return (Path(name).expanduser() / SAVED).is_file()
 
 
-def load_saved(name: str, backend: str) -> Any:
+def load_saved(name: str, backend: str | None) -> Any:
     """The optimized model in a folder that foveate saved; ArtifactError if it is damaged."""
     hush()
     import foveate

@@ -9,7 +9,7 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager", "inductor", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 AT_LEAST_ONE = click.IntRange(min=1)
 
@@ -21,6 +21,12 @@ passes_option = click.option("--passes", "-p", required=True, metavar="P", help=
 
 backend_option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="eager", show_default=True, help="What runs the graphs."
+)
+
+own_backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    help="What runs the graphs. [default: onnx for what `foveate export` wrote, else eager]",
 )
 
 SIZES: dict[str, tuple[str, int | None, str]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from foveate.cli.options import backend_option, json_option
+from foveate.cli.options import json_option, own_backend_option
 from foveate.cli.output import talking
 
 
@@ -20,7 +20,7 @@ from foveate.cli.output import talking
 @click.option("--passes", "-p", metavar="P", help="Optimize MODEL with these passes first, instead of loading DIR.")
 @click.option("--kept", metavar="X.png", help="Draw which patches stay: a row an image, a column a layer.")
 @click.option("--curve", metavar="X.png", help="Draw what cls-curve cuts: each image's patches by likeness to CLS.")
-@backend_option
+@own_backend_option
 @json_option
 def command(
     model: str,
@@ -30,12 +30,12 @@ def command(
     passes: str | None,
     kept: str | None,
     curve: str | None,
-    backend: str,
+    backend: str | None,
     as_json: bool,
 ) -> None:
     """Ask the model saved in DIR a question about one or more images; answers greedily.
 
-    DIR is a folder made by `foveate optimize`, or any MODEL.
+    DIR is a folder made by `foveate optimize` or `foveate export`, or any MODEL.
     """
     from foveate.cli.folders import check_file
     from foveate.cli.pictures import draw_curve, draw_kept
@@ -66,13 +66,13 @@ def command(
                 **answer,
                 "prompt": text,
                 "passes": [r.text for r in optimized.program.passes],
-                "backend": backend,
+                "backend": optimized.backend,
                 **({} if curves is None else {"curves": curves}),
             }
         )
 
 
-def _find(model: str, passes: str | None, backend: str) -> tuple[Any, Callable[[], Any]]:
+def _find(model: str, passes: str | None, backend: str | None) -> tuple[Any, Callable[[], Any]]:
     """The processor, and what makes the optimized model: prompts are checked before the long work."""
     from foveate.cli.errors import UseError
     from foveate.cli.models import is_saved, load_model, load_saved, saved_processor
@@ -86,7 +86,7 @@ def _find(model: str, passes: str | None, backend: str) -> tuple[Any, Callable[[
     loaded = load_model(model)
     import foveate
 
-    return loaded.get_processor(), lambda: foveate.optimize(loaded.model, chosen, backend=backend)
+    return loaded.get_processor(), lambda: foveate.optimize(loaded.model, chosen, backend=backend or "eager")
 
 
 def _generate(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:

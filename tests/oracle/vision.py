@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.kernels import reference
 
@@ -218,7 +218,7 @@ def shorten(model: Any, inputs: Mapping[str, Tensor], tokens: list[Tokens]) -> S
 def showing(model: Any, tokens: list[Tokens]) -> Iterator[None]:
     """While open, the model takes these projected tokens for its images, whatever pixels it is given."""
     inner = model.model
-    features = SimpleNamespace(pooler_output=[x.features for x in tokens])
+    features = BaseModelOutputWithPooling(pooler_output=[x.features for x in tokens])
     inner.get_image_features = lambda *args, **options: features
     try:
         yield

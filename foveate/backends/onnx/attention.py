@@ -1,0 +1,178 @@
+"""What foveate's attention ops become: ONNX `Attention` for a prompt, plain matmuls a key stream for a step.
+
+    attention([q], [k cached, k new], ...)   ->   softmax(concat(q k1', q k2')) split on v1, v2    no cache is joined
+    attention([q1, q2], [k1, k2], ...)       ->   Attention(concat q, concat k, concat v, mask of the orders)
+
+The orders say what is visible, padding and removed tokens included, so one graph serves every batch. The mask of a
+pair of orders is computed once and read by all layers that share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from foveate import ops
+from foveate.backends.onnx.aten import dtype_of
+from foveate.backends.onnx.emit import END, Emitter, Writer
+from foveate.ir.program import args_of
+from foveate.ir.rewriter import shape
+
+aten = torch.ops.aten
+
+
+def joined(emit: Emitter, nodes: Sequence[fx.Node], axis: int) -> str:
+    """Streams one behind the other; those that were cut out of one value are that value again."""
+    whole = _whole(nodes, axis)
+    return emit.value(whole) if whole is not None else emit.concat([emit.value(n) for n in nodes], axis)
+
+
+def _whole(nodes: Sequence[fx.Node], axis: int) -> fx.Node | None:
+    if len(nodes) < 2 or any(n.target != aten.slice.Tensor for n in nodes):
+        return None
+    cuts = [args_of(n) for n in nodes]
+    source = cuts[0][0]
+    at = 0
+    for found, dim, start, stop in cuts:
+        if found is not source or dim % len(shape(source)) != axis or (start is not at and start != at):
+            return None
+        at = stop
+    return source if at == END else None
+
+
+def visible(emit: Emitter, q_order: Sequence[fx.Node], k_order: Sequence[fx.Node]) -> str:
+    """Which keys a query sees: bool [B, n, m]."""
+    queries, keys = (emit.concat([emit.value(n) for n in orders], 1) for orders in (q_order, k_order))
+    return str(emit.op("LessOrEqual", emit.unsqueeze(keys, 1), emit.unsqueeze(queries, 2)))
+
+
+def dense(emit: Emitter, q: str, k: str, v: str, seen: str, scale: float, maybe_none: bool = False) -> str:
+    """Attention [B, H, n, e] under a mask bool [B, n, m]; scores are in fp32.
+
+    maybe_none: there may be no query at all, which ONNX Runtime's operator refuses: it gets one more, that sees all.
+    """
+    if not maybe_none:
+        return str(emit.op("Attention", q, k, v, emit.unsqueeze(seen, 1), scale=scale, softmax_precision=1))
+    wide = emit.op("Pad", q, emit.constant([0, 0, 0, 0, 0, 0, 1, 0]))
+    seen = emit.op("Pad", seen, emit.constant([0, 0, 0, 0, 1, 0]), emit.constant(True))
+    return emit.slice(dense(emit, wide, k, v, seen, scale), 2, emit.constant([0]), emit.length(q, 2))
+
+
+def _attention(emit: Emitter, node: fx.Node) -> str:
+    q, k, v, q_order, k_order, _, layout, scale = args_of(node)
+    seen = visible(emit, q_order, k_order)
+    if layout.startswith("t:") and layout.count("t") > 2:
+        out = by_streams(emit, q, k, v, seen, scale)
+    else:
+        queries, keys, values = (joined(emit, x, 2) for x in (q, k, v))
+        out = dense(emit, queries, keys, values, seen, scale, maybe_none=layout.startswith("v:"))
+    return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
+
+
+def by_streams(
+    emit: Emitter, q: Sequence[fx.Node], k: Sequence[fx.Node], v: Sequence[fx.Node], seen: str, scale: float
+) -> str:
+    """As `dense`, one matmul a key stream: only scores are put together, never a cache."""
+    rows = softmaxed(emit, q[0], k, seen, scale)
+    dtype = dtype_of(v[0])
+    heads, kv_heads = (int(shape(n)[1]) for n in (q[0], v[0]))
+    lengths = [emit.length(emit.value(n), 2) for n in k]
+    parts = emit.op("Split", rows, emit.concat(lengths, 0), outputs=len(k), axis=3) if len(k) > 1 else (rows,)
+    out = ""
+    for part, stream in zip(parts, v, strict=True):
+        grouped = _grouped(emit, emit.cast(part, dtype) if dtype != torch.float32 else part, heads, kv_heads)
+        product = emit.op("MatMul", grouped, emit.value(stream))
+        out = emit.op("Add", out, product) if out else product
+    return _apart(emit, out, emit.value(q[0]), heads, kv_heads)
+
+
+def softmaxed(emit: Emitter, q: fx.Node, k: Sequence[fx.Node], seen: str, scale: float) -> str:
+    """Softmaxed rows fp32 [B, H, R, all keys]; seen bool [B, R, all keys]."""
+    heads, kv_heads = (int(shape(n)[1]) for n in (q, k[0]))
+    groups = _grouped(emit, emit.value(q), heads, kv_heads)
+    scores = []
+    for stream in k:
+        product = emit.op("MatMul", groups, emit.op("Transpose", emit.value(stream), perm=[0, 1, 3, 2]))
+        scores.append(product if dtype_of(q) == torch.float32 else emit.cast(product, torch.float32))
+    row = _apart(emit, emit.concat(scores, 3), emit.value(q), heads, kv_heads)
+    scaled = emit.op("Mul", row, emit.constant(float(scale)))
+    masked = emit.op("Where", emit.unsqueeze(seen, 1), scaled, emit.constant(-math.inf))
+    return str(emit.op("Softmax", masked, axis=3))
+
+
+def _grouped(emit: Emitter, rows: str, heads: int, kv_heads: int) -> str:
+    """[B, H, R, x] as [B, Hk, H / Hk * R, x]: the queries of one key head are rows of one matmul."""
+    if heads == kv_heads:
+        return rows
+    count = emit.op("Mul", emit.length(rows, 2), emit.constant([heads // kv_heads]))
+    return emit.reshape(rows, emit.length(rows, 0), kv_heads, count, emit.length(rows, 3))
+
+
+def _apart(emit: Emitter, grouped: str, like: str, heads: int, kv_heads: int) -> str:
+    """The inverse of `_grouped`; `like` has as many rows a head."""
+    if heads == kv_heads:
+        return grouped
+    return emit.reshape(grouped, emit.length(grouped, 0), heads, emit.length(like, 2), emit.length(grouped, 3))
+
+
+def _encoder_attention(emit: Emitter, node: fx.Node) -> str:
+    q, k, v, scale, *bias = args_of(node)
+    given = []
+    if bias and bias[0] is not None:
+        given = [emit.cast(emit.unsqueeze(emit.value(bias[0]), 1, 2), dtype_of(q))]
+    out = emit.op("Attention", *(emit.value(x) for x in (q, k, v)), *given, scale=scale, softmax_precision=1)
+    return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
+
+
+def _attention_row(emit: Emitter, node: fx.Node) -> str:
+    q, k, q_order, k_order, scale = args_of(node)
+    rows = softmaxed(emit, q, k, visible(emit, [q_order], k_order), scale)
+    return emit.slice(rows, 3, emit.constant([0]), emit.length(emit.value(k[0]), 2))
+
+
+def _neighbor_attention(emit: Emitter, node: fx.Node) -> str:
+    q, k, v, q_order, k_order, coords, _, radius, metric, causal, scale = args_of(node)
+    near = _near(emit, emit.value(coords), emit.value(q_order), radius, metric)
+    known = emit.op("Not", emit.op("Equal", emit.value(k_order[0]), emit.constant(ops.PAD)))
+    near = emit.op("And", near, emit.unsqueeze(known, 1))
+    seen = visible(emit, [q_order], k_order)
+    first = emit.slice(seen, 2, emit.constant([0]), emit.length(emit.value(k_order[0]), 1))
+    rest = emit.slice(seen, 2, emit.length(emit.value(k_order[0]), 1), emit.constant([END]))
+    if causal:
+        near = emit.op("And", near, first)
+    # A padded query sees nothing near; what it gives means nothing, but must be finite.
+    padded = emit.op("Equal", emit.value(q_order), emit.constant(ops.PAD))
+    near = emit.op("Or", near, emit.unsqueeze(padded, 2))
+    mask = emit.concat([near, rest], 2) if len(k_order) > 1 else near
+    out = dense(emit, emit.value(q), joined(emit, k, 2), joined(emit, v, 2), mask, scale, maybe_none=True)
+    return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
+
+
+def _near(emit: Emitter, coords: str, order: str, radius: int, metric: str) -> str:
+    """Pairs of tokens of an image that are not farther apart than `radius`: bool [B, n, n]."""
+
+    def apart(value: str) -> str:
+        return str(emit.op("Sub", emit.unsqueeze(value, 2), emit.unsqueeze(value, 1)))
+
+    image, row, column = (emit.op("Gather", coords, emit.constant(i), axis=2) for i in range(3))
+    same = emit.op("Equal", apart(image), emit.constant(0))
+    if metric == "raster":
+        far = emit.op("Abs", apart(order))
+    elif metric == "euclidean":
+        squares = [emit.op("Mul", apart(x), apart(x)) for x in (row, column)]
+        far, radius = emit.op("Add", *squares), radius * radius
+    else:
+        far = emit.op("Max", *(emit.op("Abs", apart(x)) for x in (row, column)))
+    return str(emit.op("And", same, emit.op("LessOrEqual", far, emit.constant(radius))))
+
+
+WRITERS: dict[Any, Writer] = {
+    ops.attention: _attention,
+    ops.encoder_attention: _encoder_attention,
+    ops.attention_row: _attention_row,
+    ops.neighbor_attention: _neighbor_attention,
+}

@@ -1,0 +1,100 @@
+"""A program's graphs as ONNX models over one file of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+from torch import Tensor, fx
+
+from foveate import __version__
+from foveate.backends.onnx import aten, attention, selection
+from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer
+from foveate.backends.onnx.names import axis_name, input_name, named_outputs
+from foveate.errors import BackendError
+from foveate.ir.program import Program
+
+WEIGHTS = "model.safetensors"
+OPSET = 23
+IR_VERSION = 11
+"""The first that has opset 23."""
+
+WRITERS: dict[Any, Writer] = {**aten.WRITERS, **attention.WRITERS, **selection.WRITERS}
+
+
+def build(program: Program, name: str, graph: fx.Graph, places: Mapping[str, Place]) -> onnx.ModelProto:
+    """One graph of a program (a prefill already joined), whose weights lie at `places` in the file `WEIGHTS`.
+
+    Raises BackendError where an op has no form in standard operators, naming the pass and the node.
+    """
+    emit = Emitter(program, places, WEIGHTS, WRITERS)
+    emit.run(graph)
+    results = {label: str(emit.values[node]) for label, node in named_outputs(name, graph).items()}
+    return finish(emit, name, _inputs(name, graph), results, named_outputs(name, graph))
+
+
+def finish(
+    emit: Emitter,
+    name: str,
+    given: Mapping[str, tuple[str, Tensor]],
+    results: Mapping[str, str],
+    described: Mapping[str, fx.Node],
+) -> onnx.ModelProto:
+    """The model: inputs and outputs under their names in a package, what nobody reads left out."""
+    nodes, initializers = emit.used(list(results.values()))
+    read = {value for node in nodes for value in node.input}
+    renamed = {inner: outer for outer, (inner, _) in given.items()}
+    inputs = [
+        _described(outer, value)
+        for outer, (inner, value) in given.items()
+        if inner in read or inner in results.values()
+    ]
+    for node in nodes:
+        node.input[:] = [renamed.get(value, value) for value in node.input]
+    # An output has a node of its own, so that two may be the same value.
+    for outer, inner in results.items():
+        nodes.append(helper.make_node("Identity", [renamed.get(inner, inner)], [outer], name=f"output.{outer}"))
+    outputs = [_described(outer, described[outer].meta["val"]) for outer in results]
+    return _model(helper.make_graph(nodes, name, inputs, outputs, initializers))
+
+
+def _inputs(name: str, graph: fx.Graph) -> dict[str, tuple[str, Tensor]]:
+    """Name in the package -> name in the graph, and what it is; numbers are promises that no ONNX graph needs."""
+    return {
+        input_name(name, str(node.target)): (str(node.target), node.meta["val"])
+        for node in graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta["val"], Tensor)
+    }
+
+
+def _described(name: str, value: Tensor) -> onnx.ValueInfoProto:
+    if value.dtype not in ELEMENT:
+        raise BackendError(f"{name} is {value.dtype}, which ONNX graphs of foveate do not have")
+    sizes = [n if isinstance(n, int) else axis_name(n) for n in value.shape]
+    return helper.make_tensor_value_info(name, ELEMENT[value.dtype], sizes)
+
+
+def embed_tokens(program: Program, places: Mapping[str, Place]) -> onnx.ModelProto:
+    """input_ids int64 [batch, tokens] -> inputs_embeds; the image token, which the table may not have, gives row 0."""
+    emit = Emitter(program, places, WEIGHTS, WRITERS)
+    table = emit.weight(program.info.paths["embed"])
+    image = emit.op("Equal", "input_ids", emit.constant(program.info.image_token_id))
+    found = emit.op("Gather", table, emit.op("Where", image, emit.constant(0), "input_ids"))
+    nodes, initializers = emit.used([found])
+    nodes.append(helper.make_node("Identity", [found], ["inputs_embeds"], name="output.inputs_embeds"))
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])
+    width = ["batch", "tokens", program.info.hidden_size]
+    embeds = helper.make_tensor_value_info("inputs_embeds", ELEMENT[program.dtype], width)
+    return _model(helper.make_graph(nodes, "embed_tokens", [ids], [embeds], initializers))
+
+
+def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="foveate",
+        producer_version=__version__,
+    )

@@ -1,0 +1,98 @@
+"""What the inputs and outputs of exported graphs are called: the field's names where there are any.
+
+prefill   visual_embeds, text_embeds, ...     -> logits, keep.{layer}, present.{i}.key, visual.{i}.key, ...
+decode    inputs_embeds, past_key_values.{i}.key, visual.{i}.key, ...   -> logits, new.{i}.key, ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from foveate.ir.program import outputs
+
+FILES = {
+    "vision": "vision_encoder.onnx",
+    "vision_rest": "vision_rest.onnx",
+    "prefill": "decoder_prefill.onnx",
+    "decode": "decoder_step.onnx",
+}
+"""Graph of a program -> its file in a package."""
+
+_INPUTS = {
+    "prefill": {"visual": "visual_embeds", "text": "text_embeds"},
+    "decode": {"text": "inputs_embeds", "text_position_ids": "position_ids", "text_order": "order"},
+}
+_CACHED = re.compile(r"(past|visual|held)_([kv])_(\d+)")
+_PARTS = {"k": "key", "v": "value"}
+_GROUPS = {"past": "past_key_values", "visual": "visual", "held": "held"}
+
+
+def input_name(graph: str, name: str) -> str:
+    """The name in a package of a program graph's input."""
+    if found := _CACHED.fullmatch(name):
+        group, part, layer = found.groups()
+        return f"{_GROUPS[group]}.{layer}.{_PARTS[part]}"
+    if graph == "decode" and name.startswith("kept_"):
+        return f"keep.{name.removeprefix('kept_')}"
+    return _INPUTS.get(graph, {}).get(name, name)
+
+
+def named_outputs(graph: str, of: fx.Graph) -> dict[str, fx.Node]:
+    """A graph's outputs by their names in a package."""
+    return dict(_flat(graph, outputs(of)))
+
+
+def _flat(graph: str, returned: dict[str, Any]) -> Iterator[tuple[str, fx.Node]]:
+    for name, value in returned.items():
+        if name == "kv":
+            yield from _cache(graph, value)
+        elif name == "kept":
+            yield from ((f"keep.{layer}", node) for layer, node in value.items())
+        elif name == "out":
+            yield ("image_features" if graph.startswith("vision") else "logits"), value
+        elif isinstance(value, fx.Node):
+            yield name, value
+        elif value:
+            yield from ((f"{name}.{key}", node) for key, node in _leaves(value))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, fx.Node]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in items:
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(child, fx.Node):
+            yield name, child
+        elif child is not None:
+            yield from _leaves(child, name)
+
+
+def _cache(graph: str, kv: list[Any]) -> Iterator[tuple[str, fx.Node]]:
+    own = "new" if graph == "decode" else "present"
+    for layer, pairs in enumerate(kv):
+        for place, node in enumerate(pairs):
+            if node is not None:
+                yield f"{'visual' if place < 2 else own}.{layer}.{'key' if place % 2 == 0 else 'value'}", node
+
+
+def rebuilt(graph: str, of: fx.Graph, found: dict[str, Any]) -> dict[str, Any]:
+    """What a program's graph returns, from values by their names in a package."""
+    by_node = {node: found[name] for name, node in named_outputs(graph, of).items()}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: fill(child) for name, child in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [fill(child) for child in value]
+        return by_node[value] if isinstance(value, fx.Node) else value
+
+    result: dict[str, Any] = fill(outputs(of))
+    return result
+
+
+def axis_name(size: Any) -> str:
+    """A symbolic size as a name that every tool takes: `floor(0.5*visual_tokens)` is `floor_0_5_visual_tokens`."""
+    return re.sub(r"\W+", "_", str(size)).strip("_")

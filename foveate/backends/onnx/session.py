@@ -1,0 +1,94 @@
+"""Runs an exported graph on ONNX Runtime, from a package's file or from memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from foveate.backends.base import Inputs, Runner
+from foveate.backends.onnx.names import input_name, rebuilt
+from foveate.errors import ArtifactError, BackendError
+
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+"""In the order in which they are wanted, where they are installed."""
+
+
+def runtime() -> Any:
+    """The onnxruntime package; BackendError where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BackendError(
+            "the onnx backend needs ONNX Runtime: pip install onnxruntime (or onnxruntime-gpu for CUDA)"
+        ) from None
+    return onnxruntime
+
+
+def options() -> Any:
+    """Session options: as many threads as torch has, which do not spin beside it."""
+    chosen = runtime().SessionOptions()
+    chosen.intra_op_num_threads = torch.get_num_threads()
+    chosen.log_severity_level = 3
+    chosen.add_session_config_entry("session.intra_op.allow_spinning", os.environ.get("FOVEATE_ORT_SPIN", "0"))
+    return chosen
+
+
+def open_file(path: Path, provider: str | None = None) -> Any:
+    """A session of a package's graph; ArtifactError where ONNX Runtime does not take it."""
+    ort = runtime()
+    try:
+        return ort.InferenceSession(path, options(), providers=_providers(provider))
+    except Exception as error:  # whatever ONNX Runtime raises on a damaged file
+        raise ArtifactError(f"{path} cannot be opened by ONNX Runtime: {_first_line(error)}") from None
+
+
+def open_memory(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """A session of a model whose external weights are given, by initializer, and not copied."""
+    ort = runtime()
+    chosen = options()
+    values = [ort.OrtValue.ortvalue_from_numpy(value.detach().cpu().numpy()) for value in weights.values()]
+    chosen.add_external_initializers(list(weights), values)
+    try:
+        return ort.InferenceSession(model.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime does not take this graph: {_first_line(error)}") from None
+
+
+def runner(session: Any, name: str, graph: fx.Graph) -> Runner:
+    """A program's graph as ONNX Runtime runs it: torch tensors in and out, which share their memory with its own."""
+    taken = {each.name for each in session.get_inputs()}
+    given = {str(node.target): input_name(name, str(node.target)) for node in graph.nodes if node.op == "placeholder"}
+    wanted = [each.name for each in session.get_outputs()]
+
+    def run(inputs: Inputs) -> dict[str, Any]:
+        feed = {outer: _array(inputs[inner]) for inner, outer in given.items() if outer in taken}
+        found = session.run(wanted, feed)
+        return rebuilt(
+            name, graph, {label: torch.from_numpy(value) for label, value in zip(wanted, found, strict=True)}
+        )
+
+    return run
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    assert isinstance(value, Tensor)  # numbers are no inputs of ONNX graphs
+    array: np.ndarray[Any, Any] = value.detach().cpu().contiguous().numpy()
+    return array
+
+
+def _providers(wanted: str | None) -> list[str]:
+    there = runtime().get_available_providers()
+    if wanted is not None and wanted not in there:
+        raise BackendError(f"ONNX Runtime has no {wanted} here; there are: {', '.join(there)}")
+    return [wanted] if wanted else [name for name in PROVIDERS if name in there]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

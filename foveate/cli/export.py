@@ -1,0 +1,68 @@
+"""`foveate export`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from foveate.cli.options import PASSES, given_sizes, json_option, size_options
+from foveate.cli.output import talking
+
+
+@click.command("export")
+@click.argument("model", metavar="MODEL_OR_DIR")
+@click.option("--passes", "-p", metavar="P", help=f"{PASSES} Leave it out for a folder that foveate saved.")
+@click.option("--backend", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="What will run it.")
+@click.option("-o", "--output", "folder", required=True, metavar="OUT", help="A folder that does not exist yet.")
+@click.option("--no-verify", is_flag=True, help="Do not run it beside torch before it is kept.")
+@size_options
+@json_option
+def command(
+    model: str, passes: str | None, backend: str, folder: str, no_verify: bool, as_json: bool, **options: Any
+) -> None:
+    """Export a model, with its passes inside the graphs, for ONNX Runtime; exit code 1 if it disagrees with torch.
+
+    MODEL_OR_DIR is a folder made by `foveate optimize`, or any MODEL. Ask OUT with `foveate run` or `foveate.load`.
+    """
+    from foveate.cli.errors import UseError
+    from foveate.cli.folders import new_folder
+    from foveate.errors import ParityError
+
+    with talking(as_json) as out, new_folder(folder) as part:
+        out.tick("loading the model", 0, 2)
+        optimized, get_processor = _find(model, passes, given_sizes(options))
+        from foveate.api import export
+
+        out.tick("exporting", 1, 2)
+        try:
+            exported = export(optimized, backend, output=part, verify=not no_verify)
+        except ParityError as error:
+            click.echo(f"error: {error}", err=True)
+            raise click.exceptions.Exit(1) from None
+        try:
+            get_processor().save_pretrained(part)
+            processor = True
+        except UseError as error:
+            out.note(f"no processor is saved, so `foveate run` will not work here: {error}")
+            processor = False
+        for line in str(exported).replace(str(part), folder).splitlines():
+            out.line(line)
+        out.finish({**exported.to_json(), "folder": folder, "processor": processor})
+
+
+def _find(model: str, passes: str | None, sizes: dict[str, int]) -> tuple[Any, Any]:
+    """The optimized model, and what gets its processor."""
+    from foveate.cli.errors import UseError
+    from foveate.cli.models import is_saved, load_model, load_saved, saved_processor
+    from foveate.passes.pipeline import resolve
+
+    if is_saved(model):
+        if passes is not None:
+            raise UseError(f"{model} was saved by foveate and is optimized already; leave --passes out")
+        return load_saved(model, "eager"), lambda: saved_processor(model)
+    chosen = resolve(passes)
+    loaded = load_model(model, sizes)
+    from foveate.api import optimize
+
+    return optimize(loaded.model, chosen), loaded.get_processor

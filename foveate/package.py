@@ -1,0 +1,144 @@
+"""Packages for other runtimes: a saved folder, and its graphs as files beside the weights that all of them read.
+
+    OUT/  foveate.json  program.txt  model.safetensors  config.json  generation_config.json     as `save_pretrained`
+          vision_encoder.onnx   pixel_values -> image_features
+          embed_tokens.onnx     input_ids -> inputs_embeds
+          decoder_prefill.onnx  visual_embeds, text_embeds, ... -> logits, keep.{layer}, present.{i}.*, visual.{i}.*
+          decoder_step.onnx     inputs_embeds, past_key_values.{i}.*, visual.{i}.*, ... -> logits, new.{i}.*
+
+The folder is written under a temporary name, checked by running it, and renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate import artifact
+from foveate.backends.onnx.lowering import open_package
+from foveate.errors import BackendError, ParityError
+from foveate.ir.program import ModelInfo
+from foveate.model import OptimizedModel
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+"""Largest difference of logits, as a share of the largest logit."""
+
+NEW_TOKENS = 8
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What running a package beside eager torch gave: prompts, largest difference of logits and what it may be.
+
+    Both as shares of the largest logit. kept: whether the same visual tokens stay; tokens: whether answers are equal.
+    """
+
+    prompts: int
+    difference: float
+    tolerance: float
+    kept: bool
+    tokens: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether the package computes what torch computes."""
+        return self.difference <= self.tolerance and self.kept
+
+    def __str__(self) -> str:
+        kept = "the same visual tokens stay" if self.kept else "OTHER VISUAL TOKENS STAY"
+        answers = "the same answers" if self.tokens else "other answers"
+        return (
+            f"{self.prompts} random prompts against eager: logits differ by {self.difference:.1e} of the largest at "
+            f"most ({self.tolerance:.0e} allowed), {kept}, {answers} of {NEW_TOKENS} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: folder, backend, bytes by file, and what checking it found (None where it was not checked)."""
+
+    folder: Path
+    backend: str
+    bytes: dict[str, int]
+    parity: Parity | None
+
+    def __str__(self) -> str:
+        total, weights = sum(self.bytes.values()), self.bytes["model.safetensors"]
+        lines = [f"{self.folder}: {total / 2**20:.1f} MiB, {total / weights:.3f} times its weights"]
+        return "\n".join([*lines, str(self.parity or "not checked against eager")])
+
+    def to_json(self) -> dict[str, Any]:
+        """As the command prints it."""
+        parity = None if self.parity is None else {**asdict(self.parity), "ok": self.parity.ok}
+        return {"folder": str(self.folder), "backend": self.backend, "bytes": self.bytes, "parity": parity}
+
+
+def export(model: OptimizedModel, backend: str, folder: Path, verify: bool = True) -> Exported:
+    """See `foveate.export`."""
+    if backend != "onnx":
+        raise BackendError(f"foveate exports to onnx; {backend!r} is not there yet")
+    try:
+        from foveate.backends.onnx.package import write_graphs
+    except ImportError:
+        raise BackendError(
+            "exporting to ONNX needs the packages of foveate[onnx]: pip install 'foveate[onnx]'"
+        ) from None
+    with artifact.new_folder(folder) as work:
+        artifact.write_model(model, work)
+        artifact.add_graphs(work, write_graphs(model.program, work))
+        parity = check(model, work) if verify else None
+        if parity is not None and not parity.ok:
+            raise ParityError(f"the exported graphs do not agree with torch, so nothing was written: {parity}")
+        sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+    return Exported(folder, backend, sizes, parity)
+
+
+def check(model: OptimizedModel, folder: Path) -> Parity:
+    """Run random prompts by the files of a package and by eager torch."""
+    program = model.program
+    eager = OptimizedModel(program, model.config, model.generation_config)
+    packaged = OptimizedModel(
+        program, model.config, model.generation_config, "onnx", lambda: open_package(program, folder)
+    )
+    found = []
+    for number, counts in enumerate(((1,), (2, 0, 1), (0,))):
+        inputs = prompts(program.info, int(program.weights.get(program.info.paths["embed"]).shape[0]), counts, number)
+        if program.graphs["vision"] and any(n.name == "questions" for n in program.graphs["vision"].nodes):
+            raise BackendError("a model that chooses by the question cannot be checked on random prompts: verify=False")
+        with torch.inference_mode():
+            a, b = eager(**inputs), packaged(**inputs)
+            answers = [
+                each.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False) for each in (eager, packaged)
+            ]
+        largest = float(a.logits.abs().max())
+        difference = float((a.logits.float() - b.logits.float()).abs().max()) / max(largest, 1e-9)
+        kept = all(torch.equal(places, b.kept[layer]) for layer, places in (a.kept or {}).items())
+        found.append((difference, kept, torch.equal(*answers)))
+    differences, kept_all, same = zip(*found, strict=True)
+    return Parity(len(found), max(differences), TOLERANCE[program.dtype], all(kept_all), all(same))
+
+
+def prompts(info: ModelInfo, vocabulary: int, counts: tuple[int, ...], seed: int) -> dict[str, Tensor]:
+    """A batch of random prompts, a row for each number of images, padded on the left."""
+    generator = torch.Generator().manual_seed(SEED + seed)
+    rows = []
+    for number, images in enumerate(counts):
+        text = torch.randint(0, vocabulary, (7 + 3 * images + number,), generator=generator)
+        text = torch.where(text == info.image_token_id, (text + 1) % vocabulary, text)
+        parts = [text[:2]]
+        for image in range(images):
+            parts += [torch.full((info.tokens_per_image,), info.image_token_id), text[2 + image : 3 + image]]
+        rows.append(torch.cat([*parts, text[2 + images :]]))
+    width = max(map(len, rows))
+    pads = [width - len(row) for row in rows]
+    ids = torch.stack([torch.nn.functional.pad(row, (pad, 0)) for row, pad in zip(rows, pads, strict=True)])
+    mask = torch.stack([torch.arange(width) >= pad for pad in pads]).long()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if sum(counts):
+        inputs["pixel_values"] = torch.randn(sum(counts), *info.image_size, generator=generator)
+    return inputs
