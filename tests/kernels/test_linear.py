@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +61,26 @@ def test_a_linear_is_torchs(part: str, lead: tuple[int, ...], bias: bool, taken:
         torch.testing.assert_close(linear(x, weight, b), functional.linear(x, weight, b), atol=1e-5, rtol=1e-5)
     few = x.numel() // columns < module.MANY and not weight.is_contiguous()
     assert taken == ([] if few else [(rows, columns)] * 2)
+
+
+@pytest.mark.parametrize("lead", [(1, 3), (1, 4), (2, 5), (64,), (4, 16), (65,)])
+def test_few_tokens_change_places_with_the_weight(lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    factors: list[tuple[int, ...]] = []
+    real = module._product
+    monkeypatch.setattr(module, "_product", lambda x, w, b: factors.append(tuple(w.shape)) or real(x, w, b))  # type: ignore[func-returns-value]  # add in passing
+    weight, low = torch.randn(80, 16), torch.randn(64, 16)
+    tokens = math.prod(lead)
+    for x in (torch.randn(*lead, 16), torch.randn(*lead, 24)[..., :16]):
+        found = linear(x, weight)
+        torch.testing.assert_close(found, functional.linear(x, weight), atol=1e-5, rtol=1e-5)
+        assert found.is_contiguous()
+        weight.add_(1)
+        torch.testing.assert_close(linear(x, weight), functional.linear(x, weight), atol=1e-5, rtol=1e-5)
+        linear(x, low)
+        linear(x, weight, torch.randn(80))
+    swapped = (tokens, 16) if 4 <= tokens <= 64 else (80, 16)
+    assert factors == [swapped, swapped, (64, 16), (80, 16)] * 2
 
 
 def test_no_tokens_and_one_row(taken: list[tuple[int, ...]]) -> None:
