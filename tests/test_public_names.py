@@ -15,6 +15,7 @@ def test_public_names():
         "__version__",
         "cost",
         "diff",
+        "export",
         "load",
         "optimize",
         "questions",

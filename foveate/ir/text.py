@@ -18,7 +18,7 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -97,13 +97,14 @@ def value_text(node: fx.Node, names: dict[Any, str]) -> str:
     """dtype and shape of a node's value, such as `float32[batch, visual_tokens, 192]`."""
     value = node.meta["val"]
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(_size(s, names) for s in value.shape)}]"
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(size_text(s, names) for s in value.shape)}]"
     if isinstance(value, tuple):
         return f"{len(value)} values"
-    return f"int {_size(value, names)}"
+    return f"int {size_text(value, names)}"
 
 
-def _size(size: Any, names: dict[Any, str]) -> str:
+def size_text(size: Any, names: Mapping[Any, str]) -> str:
+    """A size as a reader would write it: a number, or an expression of the program's names."""
     if not isinstance(size, torch.SymInt):
         return str(size)
     expression = size.node.expr
@@ -125,8 +126,8 @@ def call_text(node: fx.Node, names: dict[Any, str], spell: Callable[[fx.Node], s
     if node.op == "placeholder":
         value = node.meta["val"]
         if not isinstance(value, Tensor):
-            return f"input(int, {_size(value, names)})"
-        return f"input({', '.join([str(value.dtype).removeprefix('torch.'), *(_size(s, names) for s in value.shape)])})"
+            return f"input(int, {size_text(value, names)})"
+        return f"input({', '.join([str(value.dtype).removeprefix('torch.'), *(size_text(s, names) for s in value.shape)])})"
     if node.target is operator.getitem:
         return f"item({_literal(node.args[0], spell)}, {node.args[1]})"
     parts = [_literal(a, spell) for a in node.args] + [f"{k}={_literal(v, spell)}" for k, v in node.kwargs.items()]

@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
 
 
 def test_every_command_in_the_list_exists_and_has_json(run: Run) -> None:
-    commands = "passes cost snapshot diff calibrate inspect optimize run train bench eval demo"
+    commands = "passes cost snapshot diff calibrate inspect optimize export run train bench eval demo"
     assert list(COMMANDS) == commands.split()
     listed = run("--help").stdout
     for name in COMMANDS:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from onnx import TensorProto
 from torch import fx
 
 from foveate import ops
@@ -56,10 +57,15 @@ def dense(emit: Emitter, q: str, k: str, v: str, seen: str, scale: float, maybe_
     maybe_none: there may be no query at all, which ONNX Runtime's operator refuses: it gets one more, that sees all.
     """
     if not maybe_none:
-        return str(emit.op("Attention", q, k, v, emit.unsqueeze(seen, 1), scale=scale, softmax_precision=1))
+        return str(emit.op("Attention", q, k, v, emit.unsqueeze(seen, 1), scale=scale, **_precision(emit)))
     wide = emit.op("Pad", q, emit.constant([0, 0, 0, 0, 0, 0, 1, 0]))
     seen = emit.op("Pad", seen, emit.constant([0, 0, 0, 0, 1, 0]), emit.constant(True))
     return emit.slice(dense(emit, wide, k, v, seen, scale), 2, emit.constant([0]), emit.length(q, 2))
+
+
+def _precision(emit: Emitter) -> dict[str, int]:
+    """Half precision has its scores in fp32."""
+    return {} if emit.program.dtype == torch.float32 else {"softmax_precision": TensorProto.FLOAT}
 
 
 def _attention(emit: Emitter, node: fx.Node) -> str:
@@ -124,7 +130,7 @@ def _encoder_attention(emit: Emitter, node: fx.Node) -> str:
     given = []
     if bias and bias[0] is not None:
         given = [emit.cast(emit.unsqueeze(emit.value(bias[0]), 1, 2), dtype_of(q))]
-    out = emit.op("Attention", *(emit.value(x) for x in (q, k, v)), *given, scale=scale, softmax_precision=1)
+    out = emit.op("Attention", *(emit.value(x) for x in (q, k, v)), *given, scale=scale, **_precision(emit))
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
 
 

@@ -44,10 +44,11 @@ def finish(
 ) -> onnx.ModelProto:
     """The model: inputs and outputs under their names in a package, what nobody reads left out."""
     nodes, initializers = emit.used(list(results.values()))
+    names = emit.program.symbols.names()
     read = {value for node in nodes for value in node.input}
     renamed = {inner: outer for outer, (inner, _) in given.items()}
     inputs = [
-        _described(outer, value)
+        _described(outer, value, names)
         for outer, (inner, value) in given.items()
         if inner in read or inner in results.values()
     ]
@@ -56,7 +57,7 @@ def finish(
     # An output has a node of its own, so that two may be the same value.
     for outer, inner in results.items():
         nodes.append(helper.make_node("Identity", [renamed.get(inner, inner)], [outer], name=f"output.{outer}"))
-    outputs = [_described(outer, described[outer].meta["val"]) for outer in results]
+    outputs = [_described(outer, described[outer].meta["val"], names) for outer in results]
     return _model(helper.make_graph(nodes, name, inputs, outputs, initializers))
 
 
@@ -69,10 +70,10 @@ def _inputs(name: str, graph: fx.Graph) -> dict[str, tuple[str, Tensor]]:
     }
 
 
-def _described(name: str, value: Tensor) -> onnx.ValueInfoProto:
+def _described(name: str, value: Tensor, names: Mapping[Any, str]) -> onnx.ValueInfoProto:
     if value.dtype not in ELEMENT:
         raise BackendError(f"{name} is {value.dtype}, which ONNX graphs of foveate do not have")
-    sizes = [n if isinstance(n, int) else axis_name(n) for n in value.shape]
+    sizes = [n if isinstance(n, int) else axis_name(n, names) for n in value.shape]
     return helper.make_tensor_value_info(name, ELEMENT[value.dtype], sizes)
 
 
@@ -85,7 +86,7 @@ def embed_tokens(program: Program, places: Mapping[str, Place]) -> onnx.ModelPro
     nodes, initializers = emit.used([found])
     nodes.append(helper.make_node("Identity", [found], ["inputs_embeds"], name="output.inputs_embeds"))
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])
-    width = ["batch", "tokens", program.info.hidden_size]
+    width: list[str | int | None] = ["batch", "tokens", program.info.hidden_size]
     embeds = helper.make_tensor_value_info("inputs_embeds", ELEMENT[program.dtype], width)
     return _model(helper.make_graph(nodes, "embed_tokens", [ids], [embeds], initializers))
 

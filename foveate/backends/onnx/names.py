@@ -7,12 +7,13 @@ decode    inputs_embeds, past_key_values.{i}.key, visual.{i}.key, ...   -> logit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx
 
 from foveate.ir.program import outputs
+from foveate.ir.text import size_text
 
 FILES = {
     "vision": "vision_encoder.onnx",
@@ -93,6 +94,6 @@ def rebuilt(graph: str, of: fx.Graph, found: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def axis_name(size: Any) -> str:
-    """A symbolic size as a name that every tool takes: `floor(0.5*visual_tokens)` is `floor_0_5_visual_tokens`."""
-    return re.sub(r"\W+", "_", str(size)).strip("_")
+def axis_name(size: Any, names: Mapping[Any, str]) -> str:
+    """A symbolic size by the program's names, as every tool takes it: `floor_0_5_visual_tokens`."""
+    return re.sub(r"\W+", "_", size_text(size, names)).strip("_")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -16,6 +19,15 @@ BITS = 12
 """Of a row or column number, as in `foveate.kernels.scores`."""
 
 MASK = 0x7FFFFFFF
+
+MOST = 2**16
+"""Tokens up to which a share's floor is held to Python's."""
+
+SHORT = 2**14
+"""Tokens up to which there is a table of them, where no fraction has them all."""
+
+ONE = 2**40
+"""The denominator of such fractions; times `MOST` it is far from overflow."""
 
 
 def _top_tokens(emit: Emitter, node: fx.Node) -> tuple[str, str]:
@@ -66,9 +78,16 @@ def zero_1(emit: Emitter) -> str:
 
 
 def _share(emit: Emitter, count: str, keep: float) -> str:
-    """floor(keep * count) as Python computes it, in fp64."""
-    product = emit.op("Mul", emit.cast(count, torch.float64), emit.constant(float(keep), torch.float64))
-    return emit.cast(str(emit.op("Floor", product)), torch.int64)
+    """floor(keep * count) as Python computes it with floats, by integers: not every runtime has fp64."""
+    counts = np.arange(MOST + 1)
+    wanted = np.floor(keep * counts.astype(np.float64)).astype(np.int64)
+    exact = Fraction(keep) * ONE
+    for near in (math.floor(exact), math.ceil(exact)):
+        if np.array_equal(near * counts // ONE, wanted):
+            return str(emit.op("Div", emit.op("Mul", count, emit.constant(near)), emit.constant(ONE)))
+    # No fraction rounds as the product of two floats does: 0.7 * 10 is 7.0, and 0.7 is less than that.
+    table = emit.constant(wanted[: SHORT + 1].tolist(), torch.int32)
+    return emit.cast(str(emit.op("Gather", table, count)), torch.int64)
 
 
 def _take_tokens(emit: Emitter, node: fx.Node) -> str:
