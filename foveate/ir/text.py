@@ -127,7 +127,8 @@ def call_text(node: fx.Node, names: dict[Any, str], spell: Callable[[fx.Node], s
         value = node.meta["val"]
         if not isinstance(value, Tensor):
             return f"input(int, {size_text(value, names)})"
-        return f"input({', '.join([str(value.dtype).removeprefix('torch.'), *(size_text(s, names) for s in value.shape)])})"
+        sizes = [size_text(s, names) for s in value.shape]
+        return f"input({', '.join([str(value.dtype).removeprefix('torch.'), *sizes])})"
     if node.target is operator.getitem:
         return f"item({_literal(node.args[0], spell)}, {node.args[1]})"
     parts = [_literal(a, spell) for a in node.args] + [f"{k}={_literal(v, spell)}" for k, v in node.kwargs.items()]
