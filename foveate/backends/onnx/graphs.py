@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 
 from foveate import __version__
-from foveate.backends.onnx import aten, attention, fit, selection
+from foveate.backends.onnx import aten, attention, fit, guided, selection
 from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
 from foveate.errors import BackendError
@@ -21,7 +21,7 @@ OPSET = 23
 IR_VERSION = 11
 """The first that has opset 23."""
 
-WRITERS: dict[Any, Writer] = {**aten.WRITERS, **attention.WRITERS, **selection.WRITERS, **fit.WRITERS}
+WRITERS: dict[Any, Writer] = {**aten.WRITERS, **attention.WRITERS, **selection.WRITERS, **fit.WRITERS, **guided.WRITERS}
 
 
 def build(program: Program, name: str, graph: fx.Graph, places: Mapping[str, Place]) -> onnx.ModelProto:
