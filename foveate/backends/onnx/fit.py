@@ -39,7 +39,8 @@ def _received_attention(emit: Emitter, node: fx.Node) -> str:
     asked = emit.value(q_order)
     chosen = behind_images(emit, emit.value(k_order[0]), asked) if behind else real(emit, asked)
     if near and near[0] is not None:
-        coords, radius, metric, causal = [*near, *[None, 0, "chebyshev", False][len(near) :]]
+        rest: list[Any] = [0, "chebyshev", False]
+        coords, radius, metric, causal = [*near, *rest[len(near) - 1 :]]
         seen = around(emit, (q_order, coords), (k_order, coords), radius, metric, causal)
     else:
         seen = visible(emit, [q_order], k_order)
