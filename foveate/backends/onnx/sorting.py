@@ -1,7 +1,7 @@
 """Sorting that every way of choosing tokens needs, stable as torch's: of equal values the lower index comes first.
 
-ONNX has no stable sort, but ONNX Runtime's TopK gives the lower index first. It takes no empty axis, so that one slot
-is added to every axis, which comes last.
+ONNX has no stable sort, but ONNX Runtime's TopK gives the lower index first (on a CPU; the standard says so too). It
+takes no empty axis, so that one slot is added to every axis, which comes last.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from typing import Any
 import torch
 
 from foveate.backends.onnx.emit import Emitter
-
-BEHIND = 2**62
-"""A number behind every index."""
 
 
 def widened(emit: Emitter, value: str, rank: int, axis: int, fill: Any, slots: str | int = 1) -> str:
