@@ -92,7 +92,7 @@ def embed_tokens(program: Program, places: Mapping[str, Place]) -> onnx.ModelPro
     nodes, initializers = emit.used([found])
     nodes.append(helper.make_node("Identity", [found], ["inputs_embeds"], name="output.inputs_embeds"))
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])
-    width = ["batch", "tokens", program.info.hidden_size]
+    width: list[str | int | None] = ["batch", "tokens", program.info.hidden_size]
     embeds = helper.make_tensor_value_info("inputs_embeds", ELEMENT[program.dtype], width)
     return _model(helper.make_graph(nodes, "embed_tokens", [ids], [embeds], initializers))
 

@@ -16,7 +16,7 @@ from foveate import ops
 from foveate.backends.onnx.attention import softmaxed, visible
 from foveate.backends.onnx.emit import Emitter, Writer
 from foveate.backends.onnx.fit import behind_images, real, share
-from foveate.backends.onnx.selection import _share
+from foveate.backends.onnx.selection import floor_share
 from foveate.backends.onnx.sorting import best, counted, marked, ranks, steps, widened
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
@@ -72,7 +72,7 @@ def _dart_scores(emit: Emitter, node: fx.Node) -> str:
     # As many more tokens as there are pivots, so that there are always enough to point at.
     wide = widened(emit, visual, 2, 1, ops.PAD, pivots)
     there = real(emit, wide)
-    total = _share(emit, counted(emit, there), keep)
+    total = floor_share(emit, counted(emit, there), keep)
     own_rank, own_place = _largest(emit, keys, there, pivots)
     _, text_place = _largest(emit, text_keys, widened(emit, asked, 2, 1, False, pivots), pivots)
     own = emit.op("Min", total, emit.constant([pivots]))
@@ -150,13 +150,13 @@ def _recycle_tokens(emit: Emitter, node: fx.Node) -> tuple[str, str, str]:
     """Clusters are made among slots for members, of which the longest row has as many as could go of all tokens."""
     scores, order, x, whole, keep = args_of(node)
     places, tokens = emit.value(order), emit.length(emit.value(order), 1)
-    stay = _share(emit, emit.length(emit.value(whole), 1), keep)
+    stay = floor_share(emit, emit.length(emit.value(whole), 1), keep)
     width = emit.op("Add", stay, _clusters(emit, str(emit.op("Sub", tokens, stay))))
     # One more token, which is padding, so that no axis is empty.
     wide_order = widened(emit, places, 2, 1, ops.PAD)
     score = widened(emit, emit.value(scores), 2, 1, 0.0)
     there, low = real(emit, wide_order), emit.constant(LOWEST)
-    wanted = _share(emit, counted(emit, real(emit, emit.value(whole))), keep)
+    wanted = floor_share(emit, counted(emit, real(emit, emit.value(whole))), keep)
     rank = ranks(emit, str(emit.op("Where", there, score, low)))
     stays = emit.op("And", there, emit.op("Less", rank, wanted))
     gone = str(emit.op("And", there, emit.op("Not", stays)))

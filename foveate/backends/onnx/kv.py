@@ -13,7 +13,7 @@ from foveate import ops
 from foveate.backends.onnx.attention import around, softmaxed, visible
 from foveate.backends.onnx.emit import Emitter, Writer
 from foveate.backends.onnx.fit import real
-from foveate.backends.onnx.selection import _share
+from foveate.backends.onnx.selection import floor_share
 from foveate.backends.onnx.sorting import best, counted, marked, rising, steps, widened
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
@@ -125,7 +125,7 @@ def _kept(emit: Emitter, tokens: str, capacity: float, window: int) -> str:
     """`foveate.ops.kv.snapkv_count`, of int64."""
     if capacity >= 1:
         return str(emit.op("Min", tokens, emit.constant([int(capacity)])))
-    wanted = emit.op("Max", _share(emit, tokens, capacity), emit.constant([window]))
+    wanted = emit.op("Max", floor_share(emit, tokens, capacity), emit.constant([window]))
     return str(emit.op("Min", tokens, wanted))
 
 

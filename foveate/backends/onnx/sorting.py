@@ -1,7 +1,7 @@
 """Sorting that every way of choosing tokens needs, stable as torch's: of equal values the lower index comes first.
 
-ONNX has no stable sort, but ONNX Runtime's TopK gives the lower index first (on a CPU; the standard says so too). It
-takes no empty axis, so that one slot is added to every axis, which comes last.
+ONNX has no sort, but a TopK that gives the lower index first among equals. ONNX Runtime's takes no empty axis, so that
+one slot is added to the axis, which comes last.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ import torch
 from foveate.backends.onnx.emit import Emitter
 
 
-def widened(emit: Emitter, value: str, rank: int, axis: int, fill: Any, slots: str | int = 1) -> str:
-    """A value with more slots at the end of an axis; `fill` is a Python number, and `slots` one or int64 [1]."""
+def widened(emit: Emitter, value: str, rank: int, axis: int, fill: Any, slots: int = 1) -> str:
+    """A value with more slots at the end of an axis; `fill` is a Python number."""
     ends = [0] * (2 * rank)
-    if isinstance(slots, int):
-        ends[rank + axis] = slots
-        pads = emit.constant(ends)
-    else:
-        before, after = (emit.constant([0] * n) for n in (rank + axis, rank - axis - 1))
-        pads = str(emit.op("Concat", before, slots, after, axis=0))
-    return str(emit.op("Pad", value, pads, emit.constant(fill)))
+    ends[rank + axis] = slots
+    return str(emit.op("Pad", value, emit.constant(ends), emit.constant(fill)))
 
 
 def steps(emit: Emitter, count: str) -> str:
