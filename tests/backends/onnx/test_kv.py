@@ -96,3 +96,19 @@ def test_windows_are_those_of_the_kernel(window: int) -> None:
     for first, *others in [*STREAMS, *(streams[::-1] for streams in STREAMS)]:
         found, wanted = by_runtime(ops.window_tokens, first, others, window), kv.window_tokens(first, others, window)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("see_text", [True, False])
+@pytest.mark.parametrize("metric", ["chebyshev", "euclidean", "raster"])
+def test_neighbors_pay_what_they_pay_in_the_kernel(see_text: bool, metric: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    streams = orders((9, 0, 4), (5, 3, 1))
+    numbers = torch.arange(9)
+    coords = torch.stack([numbers // 6, numbers // 3, numbers % 3], 1).expand(3, -1, -1).contiguous()
+    chosen = torch.tensor([[1, 4, 8]] * 3)
+    q_order = streams[0].gather(1, chosen)
+    q_coords = coords[:, chosen[0]].contiguous()
+    q = torch.randn(3, 4, 3, 8, generator=generator)
+    k = [torch.randn(3, 2, x.shape[1], 8, generator=generator) for x in streams]
+    given = (q, k, q_order, streams, q_coords, coords, 1, metric, not see_text, see_text, 0.3)
+    torch.testing.assert_close(by_runtime(ops.neighbor_sums, *given), kv.neighbor_sums(*given), rtol=1e-5, atol=1e-6)
