@@ -142,37 +142,58 @@ def _attention_row(emit: Emitter, node: fx.Node) -> str:
 
 def _neighbor_attention(emit: Emitter, node: fx.Node) -> str:
     q, k, v, q_order, k_order, coords, _, radius, metric, causal, scale = args_of(node)
-    near = _near(emit, emit.value(coords), emit.value(q_order), radius, metric)
-    known = emit.op("Not", emit.op("Equal", emit.value(k_order[0]), emit.constant(ops.PAD)))
-    near = emit.op("And", near, emit.unsqueeze(known, 1))
-    seen = visible(emit, [q_order], k_order)
-    first = emit.slice(seen, 2, emit.constant([0]), emit.length(emit.value(k_order[0]), 1))
-    rest = emit.slice(seen, 2, emit.length(emit.value(k_order[0]), 1), emit.constant([END]))
-    if causal:
-        near = emit.op("And", near, first)
+    mask = around(emit, (q_order, coords), (k_order, coords), radius, metric, causal)
     # A padded query sees nothing near; what it gives means nothing, but must be finite.
     padded = emit.op("Equal", emit.value(q_order), emit.constant(ops.PAD))
-    near = emit.op("Or", near, emit.unsqueeze(padded, 2))
-    mask = emit.concat([near, rest], 2) if len(k_order) > 1 else near
+    mask = emit.op("Or", mask, emit.unsqueeze(padded, 2))
     out = dense(emit, emit.value(q), joined(emit, k, 2), joined(emit, v, 2), mask, scale, maybe_none=True)
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
 
 
-def _near(emit: Emitter, coords: str, order: str, radius: int, metric: str) -> str:
-    """Pairs of tokens of an image that are not farther apart than `radius`: bool [B, n, n]."""
+def around(
+    emit: Emitter,
+    queries: tuple[fx.Node, fx.Node],
+    keys: tuple[Sequence[fx.Node], fx.Node],
+    radius: int,
+    metric: str,
+    causal: bool,
+    see_text: bool = True,
+) -> str:
+    """Which keys a visual query sees that looks at its neighbours and, with `see_text`, at earlier text: [B, n, m].
 
-    def apart(value: str) -> str:
-        return str(emit.op("Sub", emit.unsqueeze(value, 2), emit.unsqueeze(value, 1)))
+    queries: order and coordinates; keys: the orders of every stream, the visual one first, and its coordinates.
+    """
+    (q_order, q_coords), (k_orders, coords) = queries, keys
+    own, key = emit.unsqueeze(emit.value(q_order), 2), emit.value(k_orders[0])
+    near = _near(emit, emit.value(q_coords), emit.value(coords), emit.value(q_order), key, radius, metric)
+    near = emit.op("And", near, emit.unsqueeze(emit.op("Not", emit.op("Equal", key, emit.constant(ops.PAD))), 1))
+    if causal:
+        near = emit.op("And", near, emit.op("LessOrEqual", emit.unsqueeze(key, 1), own))
+    if len(k_orders) == 1:
+        return str(near)
+    text = visible(emit, [q_order], k_orders[1:])
+    if not see_text:
+        text = emit.op("And", text, emit.constant(False))
+    return emit.concat([near, text], 2)
 
-    image, row, column = (emit.op("Gather", coords, emit.constant(i), axis=2) for i in range(3))
-    same = emit.op("Equal", apart(image), emit.constant(0))
+
+def _near(emit: Emitter, q_coords: str, coords: str, q_order: str, order: str, radius: int, metric: str) -> str:
+    """Pairs of tokens of an image that are not farther apart than `radius`: bool [B, n, m]."""
+
+    def apart(query: str, key: str) -> str:
+        return str(emit.op("Sub", emit.unsqueeze(query, 2), emit.unsqueeze(key, 1)))
+
+    image, row, column = (
+        apart(*(str(emit.op("Gather", x, emit.constant(i), axis=2)) for x in (q_coords, coords))) for i in range(3)
+    )
+    same = emit.op("Equal", image, emit.constant(0))
     if metric == "raster":
-        far = emit.op("Abs", apart(order))
+        far = emit.op("Abs", apart(q_order, order))
     elif metric == "euclidean":
-        squares = [emit.op("Mul", apart(x), apart(x)) for x in (row, column)]
+        squares = [emit.op("Mul", x, x) for x in (row, column)]
         far, radius = emit.op("Add", *squares), radius * radius
     else:
-        far = emit.op("Max", *(emit.op("Abs", apart(x)) for x in (row, column)))
+        far = emit.op("Max", *(emit.op("Abs", x) for x in (row, column)))
     return str(emit.op("And", same, emit.op("LessOrEqual", far, emit.constant(radius))))
 
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 
 from foveate import __version__
-from foveate.backends.onnx import aten, attention, selection
+from foveate.backends.onnx import aten, attention, fit, guided, kv, selection
 from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
 from foveate.errors import BackendError
@@ -21,7 +21,14 @@ OPSET = 23
 IR_VERSION = 11
 """The first that has opset 23."""
 
-WRITERS: dict[Any, Writer] = {**aten.WRITERS, **attention.WRITERS, **selection.WRITERS}
+WRITERS: dict[Any, Writer] = {
+    **aten.WRITERS,
+    **attention.WRITERS,
+    **selection.WRITERS,
+    **fit.WRITERS,
+    **guided.WRITERS,
+    **kv.WRITERS,
+}
 
 
 def build(program: Program, name: str, graph: fx.Graph, places: Mapping[str, Place]) -> onnx.ModelProto:
@@ -73,7 +80,7 @@ def _inputs(name: str, graph: fx.Graph) -> dict[str, tuple[str, Tensor]]:
 def _described(name: str, value: Tensor, names: Mapping[Any, str]) -> onnx.ValueInfoProto:
     if value.dtype not in ELEMENT:
         raise BackendError(f"{name} is {value.dtype}, which ONNX graphs of foveate do not have")
-    sizes = [n if isinstance(n, int) else axis_name(n, names) for n in value.shape]
+    sizes: list[str | int | None] = [n if isinstance(n, int) else axis_name(n, names) for n in value.shape]
     return helper.make_tensor_value_info(name, ELEMENT[value.dtype], sizes)
 
 

@@ -2,6 +2,9 @@
 
 prefill   visual_embeds, text_embeds, ...     -> logits, keep.{layer}, present.{i}.key, visual.{i}.key, ...
 decode    inputs_embeds, past_key_values.{i}.key, visual.{i}.key, ...   -> logits, new.{i}.key, ...
+
+Where a layer holds the prompt's best tokens as one block, a prefill returns held.{i}.key, held.{i}.value and
+held.{i}.places, and with steps that evict held.{i}.sums and held.{i}.budget; such a step returns scores.{i}.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ _INPUTS = {
 _CACHED = re.compile(r"(past|visual|held)_([kv])_(\d+)")
 _PARTS = {"k": "key", "v": "value"}
 _GROUPS = {"past": "past_key_values", "visual": "visual", "held": "held"}
+_STATE = ("places", "sums", "budget")
+"""What belongs to a held block, as `VisualTextCache.fill` takes it; places alone where steps evict nothing."""
 
 
 def input_name(graph: str, name: str) -> str:
@@ -50,7 +55,10 @@ def named_outputs(graph: str, of: fx.Graph) -> dict[str, fx.Node]:
 def _flat(graph: str, returned: dict[str, Any]) -> Iterator[tuple[str, fx.Node]]:
     for name, value in returned.items():
         if name == "kv":
-            yield from _cache(graph, value)
+            yield from _cache(graph, value, set(returned.get("held", {})))
+        elif name == "held":
+            for layer, state in value.items():
+                yield from zip((f"held.{layer}.{part}" for part in _STATE), state, strict=False)
         elif name == "kept":
             yield from ((f"keep.{layer}", node) for layer, node in value.items())
         elif name == "out":
@@ -71,12 +79,14 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, fx.Node]]:
             yield from _leaves(child, name)
 
 
-def _cache(graph: str, kv: list[Any]) -> Iterator[tuple[str, fx.Node]]:
+def _cache(graph: str, kv: list[Any], held: set[str]) -> Iterator[tuple[str, fx.Node]]:
+    """held: the layers whose visual and text tokens are one block."""
     own = "new" if graph == "decode" else "present"
     for layer, pairs in enumerate(kv):
+        first = "held" if str(layer) in held else "visual"
         for place, node in enumerate(pairs):
             if node is not None:
-                yield f"{'visual' if place < 2 else own}.{layer}.{'key' if place % 2 == 0 else 'value'}", node
+                yield f"{first if place < 2 else own}.{layer}.{'key' if place % 2 == 0 else 'value'}", node
 
 
 def rebuilt(graph: str, of: fx.Graph, found: dict[str, Any]) -> dict[str, Any]:

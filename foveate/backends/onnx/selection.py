@@ -42,7 +42,7 @@ def _top_tokens(emit: Emitter, node: fx.Node) -> tuple[str, str]:
     alive = emit.op("Not", emit.op("Equal", place, pad))
     counted = emit.op("Not", emit.op("Equal", emit.value(whole), pad))
     tokens = emit.length(score, 1)
-    slots = _share(emit, emit.length(emit.value(whole), 1), keep)
+    slots = floor_share(emit, emit.length(emit.value(whole), 1), keep)
     most = emit.op("Min", slots, tokens)
     one = emit.constant([1])
     # Padding goes behind every real token, and the slot that was added behind padding.
@@ -51,7 +51,7 @@ def _top_tokens(emit: Emitter, node: fx.Node) -> tuple[str, str]:
     _, ranked = emit.op("TopK", padded, emit.op("Add", most, one), outputs=2, axis=1)
     ranked = emit.slice(ranked, 1, emit.constant([0]), most)
     real = emit.op("ReduceSum", emit.cast(alive, torch.int64), one, keepdims=1)
-    wanted = _share(emit, emit.op("ReduceSum", emit.cast(counted, torch.int64), one, keepdims=1), keep)
+    wanted = floor_share(emit, emit.op("ReduceSum", emit.cast(counted, torch.int64), one, keepdims=1), keep)
     count = emit.op("Min", wanted, real)
     zero = emit.constant(0)
     steps = emit.op("Range", zero, emit.op("Squeeze", most), emit.constant(1))
@@ -77,7 +77,7 @@ def zero_1(emit: Emitter) -> str:
     return emit.constant([0])
 
 
-def _share(emit: Emitter, count: str, keep: float) -> str:
+def floor_share(emit: Emitter, count: str, keep: float) -> str:
     """floor(keep * count) as Python computes it with floats, by integers: not every runtime has fp64."""
     counts = np.arange(MOST + 1)
     wanted = np.floor(keep * counts.astype(np.float64)).astype(np.int64)
