@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 
 from foveate import __version__
-from foveate.backends.onnx import aten, attention, selection
-from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer
+from foveate.backends.onnx import aten, attention, selection, vision
+from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer, reads
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
 from foveate.errors import BackendError
 from foveate.ir.program import Program
@@ -21,7 +21,12 @@ OPSET = 23
 IR_VERSION = 11
 """The first that has opset 23."""
 
-WRITERS: dict[Any, Writer] = {**aten.WRITERS, **attention.WRITERS, **selection.WRITERS}
+WRITERS: dict[Any, Writer] = {
+    **aten.WRITERS,
+    **attention.WRITERS,
+    **selection.WRITERS,
+    **vision.WRITERS,
+}
 
 
 def build(program: Program, name: str, graph: fx.Graph, places: Mapping[str, Place]) -> onnx.ModelProto:
@@ -44,7 +49,7 @@ def finish(
 ) -> onnx.ModelProto:
     """The model: inputs and outputs under their names in a package, what nobody reads left out."""
     nodes, initializers = emit.used(list(results.values()))
-    read = {value for node in nodes for value in node.input}
+    read = {value for node in nodes for value in reads(node)}
     renamed = {inner: outer for outer, (inner, _) in given.items()}
     inputs = [
         _described(outer, value)
@@ -52,12 +57,21 @@ def finish(
         if inner in read or inner in results.values()
     ]
     for node in nodes:
-        node.input[:] = [renamed.get(value, value) for value in node.input]
-    # An output has a node of its own, so that two may be the same value.
+        _rename(node, renamed)
+    # An output has a node of its own, so that two may be the same value; an input that goes out again has none.
     for outer, inner in results.items():
+        if renamed.get(inner) == outer:
+            continue
         nodes.append(helper.make_node("Identity", [renamed.get(inner, inner)], [outer], name=f"output.{outer}"))
     outputs = [_described(outer, described[outer].meta["val"]) for outer in results]
     return _model(helper.make_graph(nodes, name, inputs, outputs, initializers))
+
+
+def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
+    node.input[:] = [renamed.get(value, value) for value in node.input]
+    for found in node.attribute:
+        for inner in found.g.node:
+            _rename(inner, renamed)
 
 
 def _inputs(name: str, graph: fx.Graph) -> dict[str, tuple[str, Tensor]]:
@@ -85,7 +99,7 @@ def embed_tokens(program: Program, places: Mapping[str, Place]) -> onnx.ModelPro
     nodes, initializers = emit.used([found])
     nodes.append(helper.make_node("Identity", [found], ["inputs_embeds"], name="output.inputs_embeds"))
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])
-    width = ["batch", "tokens", program.info.hidden_size]
+    width: list[str | int | None] = ["batch", "tokens", program.info.hidden_size]
     embeds = helper.make_tensor_value_info("inputs_embeds", ELEMENT[program.dtype], width)
     return _model(helper.make_graph(nodes, "embed_tokens", [ids], [embeds], initializers))
 
