@@ -4,7 +4,7 @@
 
 Weights are external data: an initializer is a place in `model.safetensors`, so that every graph of a package reads the
 one file, and a slice of a weight's rows is a shorter piece of the same bytes. What an op becomes stands in the tables
-of `aten`, `attention`, `selection` and `vision`; an op that stands in none is refused with the pass that made
+of `aten`, `attention`, `selection`, `vision` and `tower`; an op that stands in none is refused with the pass that made
 it.
 """
 

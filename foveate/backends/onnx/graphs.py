@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 
 from foveate import __version__
-from foveate.backends.onnx import aten, attention, selection, vision
+from foveate.backends.onnx import aten, attention, selection, tower, vision
 from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer, reads
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
 from foveate.errors import BackendError
@@ -26,6 +26,7 @@ WRITERS: dict[Any, Writer] = {
     **attention.WRITERS,
     **selection.WRITERS,
     **vision.WRITERS,
+    **tower.WRITERS,
 }
 
 
