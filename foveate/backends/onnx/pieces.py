@@ -75,7 +75,9 @@ def marked(emit: Emitter, places: str, chosen: int, count: int) -> str:
 def unit(emit: Emitter, value: str) -> str:
     """Vectors of length 1 in fp32, as `torch.nn.functional.normalize` makes them."""
     wide = emit.cast(value, torch.float32)
-    length = emit.op("ReduceL2", wide, emit.constant([-1]), keepdims=1)
+    # ONNX Runtime's ReduceL2 rounds farther from torch's norm than this does, and picks hang on it.
+    squares = emit.op("ReduceSum", emit.op("Mul", wide, wide), emit.constant([-1]), keepdims=1)
+    length = emit.op("Sqrt", squares)
     return str(emit.op("Div", wide, emit.op("Max", length, emit.constant(1e-12))))
 
 

@@ -113,6 +113,8 @@ def _relevance(emit: Emitter, node: fx.Node) -> str:
 
 
 def _distinct_scores(emit: Emitter, node: fx.Node) -> str:
+    """Every round, unrolled. Which tokens are compared hangs on the order of the round before: where two are equally
+    alike but for rounding, this and the kernel may go on with different ones."""
     row, source, keep, important = args_of(node)
     count = fixed(emit, node, source)
     total = math.floor(keep * count)
