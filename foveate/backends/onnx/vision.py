@@ -158,7 +158,7 @@ def _visionzip(emit: Emitter, node: fx.Node) -> tuple[str, str]:
         joined = emit.op("Transpose", one_hot(emit, best(emit, alike), contextual), perm=[0, 2, 1])
         sums = emit.op("ReduceSum", joined, emit.constant([2]), keepdims=1)
         mean = emit.op("Div", joined, emit.op("Max", sums, emit.constant(1.0)))
-        # No token is both: where one joins, the target's own weight is 0.
+        # A token is a target or joins one, never both.
         places = emit.unsqueeze(joining, 1)
         wide = emit.op("Expand", places, emit.op("Shape", mean))
         weights = emit.op("ScatterElements", weights, wide, mean, axis=2)

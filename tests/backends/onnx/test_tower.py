@@ -17,6 +17,8 @@ from foveate.backends.onnx.emit import ELEMENT, Emitter
 from foveate.backends.onnx.graphs import IR_VERSION, OPSET, WRITERS
 from foveate.ir.program import Program
 from foveate.models.random import random_inputs, random_llava
+from foveate.passes import CDPruner
+from tests.passes.test_cdpruner import asked, made_for
 
 PASSES = [
     "divprune{keep=0.5}",
@@ -55,6 +57,18 @@ def test_a_model_keeps_and_says_in_onnx_runtime_what_it_does_in_torch(traced, pa
         assert all(torch.equal(a.kept[layer], b.kept[layer]) for layer in a.kept)
         options = {"max_new_tokens": 6, "do_sample": False}
         assert torch.equal(eager.generate(**inputs, **options), exported.generate(**inputs, **options))
+
+
+def test_a_question_chooses_the_same_tokens(traced, tmp_path):
+    model, program = traced
+    made_for(model, tmp_path)
+    passes = [CDPruner(0.4, clip=str(tmp_path), theta=0.5)]
+    eager, exported = (optimize(model, passes, traced=program, backend=backend) for backend in ("eager", "onnx"))
+    inputs = random_inputs(model, **PROMPTS[1])
+    with torch.inference_mode():
+        a, b = (each(**inputs, questions=asked(3)) for each in (eager, exported))
+    assert (a.logits - b.logits).abs().max() <= 1e-5
+    assert torch.equal(a.kept[0], b.kept[0])
 
 
 def run(program: Program, target: Any, *args: Any) -> list[Tensor]:
