@@ -129,7 +129,10 @@ def _encoder_attention(emit: Emitter, node: fx.Node) -> str:
     q, k, v, scale, *bias = args_of(node)
     given = []
     if bias and bias[0] is not None:
-        given = [emit.cast(emit.unsqueeze(emit.value(bias[0]), 1, 2), dtype_of(q))]
+        # ONNX Runtime wants a row for each query.
+        hides, rows = emit.value(bias[0]), emit.length(emit.value(q), 2)
+        sizes = emit.concat([emit.length(hides, 0), emit.constant([1]), rows, emit.length(hides, 1)], 0)
+        given = [emit.op("Expand", emit.cast(emit.unsqueeze(hides, 1, 2), dtype_of(q)), sizes)]
     out = emit.op("Attention", *(emit.value(x) for x in (q, k, v)), *given, scale=scale, **_precision(emit))
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
 

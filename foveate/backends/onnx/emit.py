@@ -4,14 +4,15 @@
 
 Weights are external data: an initializer is a place in `model.safetensors`, so that every graph of a package reads the
 one file, and a slice of a weight's rows is a shorter piece of the same bytes. What an op becomes stands in the tables
-of `aten`, `attention`, `selection`, `fit`, `guided` and `kv`; an op that stands in none is refused with the pass that
-made it.
+of `aten`, `attention`, `selection` and their neighbours; an op that stands in none is refused with the pass that made
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from operator import getitem
 from typing import Any
 
@@ -25,7 +26,7 @@ from foveate.errors import BackendError
 from foveate.ir.program import Program, args_of, info
 from foveate.ops import PAD
 
-__all__ = ["ELEMENT", "PAD", "Emitter", "Place", "Writer"]
+__all__ = ["ELEMENT", "PAD", "Emitter", "Place", "Writer", "reads", "refusal"]
 
 ELEMENT: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
@@ -67,6 +68,7 @@ class Emitter:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.values: dict[fx.Node, Any] = {}
+        self.numbers = count()  # of operators, those of loops' bodies too
         self.made: dict[Any, Any] = {}  # what was emitted already: the same op of the same values is not emitted twice
 
     def run(self, graph: fx.Graph) -> None:
@@ -85,19 +87,47 @@ class Emitter:
             return self.values[source][place]
         writer = self.writers.get(node.target)
         if writer is None:
-            raise BackendError(_refusal(self.program, node))
+            raise BackendError(refusal(self.program, node))
         return writer(self, node)
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Emit one operator; "" stands for an input that is left out. Returns its value's name, or a tuple of names."""
         key = (kind, inputs, outputs, tuple(sorted((k, str(v)) for k, v in attributes.items())))
         if key not in self.made:
-            names = [f"{kind}_{len(self.nodes)}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
-            self.nodes.append(
-                helper.make_node(kind, list(inputs), names, name=f"{kind}_{len(self.nodes)}", **attributes)
-            )
+            label = f"{kind}_{next(self.numbers)}"
+            names = [label + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
+            self.nodes.append(helper.make_node(kind, list(inputs), names, name=label, **attributes))
             self.made[key] = names[0] if outputs == 1 else tuple(names)
         return self.made[key]
+
+    def loop(self, times: int, state: Mapping[str, torch.dtype], body: Callable[..., Sequence[str]]) -> list[str]:
+        """What values become when `body` runs so many times: (number of the run int64 [], *values) -> as many values.
+
+        state: the values before the first run, and their dtypes. A body may read all that was made outside it.
+        """
+        label = f"Loop_{next(self.numbers)}"
+        outside = self.nodes, self.made
+        # What is made in a body is seen in it alone.
+        self.nodes, self.made = [], dict(self.made)
+        number, more, *given = (f"{label}_{part}" for part in ("number", "more", *range(len(state))))
+        found = [more, *body(number, *given)]
+        ends = [f"{label}_end_{i}" for i in range(len(found))]
+        nodes = [
+            *self.nodes,
+            *(helper.make_node("Identity", [a], [b], name=b) for a, b in zip(found, ends, strict=True)),
+        ]
+        self.nodes, self.made = outside
+        kinds = [TensorProto.BOOL, *(ELEMENT[dtype] for dtype in state.values())]
+        starts, stops = (
+            [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(names, kinds, strict=True)]
+            for names in ([more, *given], ends)
+        )
+        first = helper.make_tensor_value_info(number, TensorProto.INT64, [])
+        graph = helper.make_graph(nodes, f"{label}_body", [first, *starts], stops)
+        results = [f"{label}_{i}_last" for i in range(len(state))]
+        inputs = [self.constant(times), self.constant(True), *state]
+        self.nodes.append(helper.make_node("Loop", inputs, results, name=label, body=graph))
+        return results
 
     def constant(self, value: Any, dtype: torch.dtype | None = None) -> str:
         """A constant: numbers and arrays of integers as int64, of floats as fp32, or as `dtype`."""
@@ -173,9 +203,15 @@ class Emitter:
         wanted, kept = set(results), []
         for node in reversed(self.nodes):
             if wanted & set(node.output):
-                wanted |= set(node.input)
+                wanted |= reads(node)
                 kept.append(node)
         return kept[::-1], [tensor for name, tensor in self.initializers.items() if name in wanted]
+
+
+def reads(node: onnx.NodeProto) -> set[str]:
+    """The names that a node reads, those in a body included."""
+    inner = (each for found in node.attribute if found.HasField("g") for each in found.g.node)
+    return set(node.input).union(*(reads(each) for each in inner))
 
 
 def _literal(tensor: Tensor, name: str) -> onnx.TensorProto:
@@ -185,7 +221,8 @@ def _literal(tensor: Tensor, name: str) -> onnx.TensorProto:
     return numpy_helper.from_array(tensor.numpy(), name)
 
 
-def _refusal(program: Program, node: fx.Node) -> str:
+def refusal(program: Program, node: fx.Node) -> str:
+    """Why a program is not exported: the pass and the node that have no form."""
     by = info(node).by
     whose = next((r.text for r in program.passes if r.text.partition("{")[0] == by), by)
     return (

@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 
 from foveate import __version__
-from foveate.backends.onnx import aten, attention, fit, guided, kv, selection
-from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer
+from foveate.backends.onnx import aten, attention, fit, guided, kv, selection, tower, vision
+from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer, reads
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
 from foveate.errors import BackendError
 from foveate.ir.program import Program
@@ -28,6 +28,8 @@ WRITERS: dict[Any, Writer] = {
     **fit.WRITERS,
     **guided.WRITERS,
     **kv.WRITERS,
+    **vision.WRITERS,
+    **tower.WRITERS,
 }
 
 
@@ -52,7 +54,7 @@ def finish(
     """The model: inputs and outputs under their names in a package, what nobody reads left out."""
     nodes, initializers = emit.used(list(results.values()))
     names = emit.program.symbols.names()
-    read = {value for node in nodes for value in node.input}
+    read = {value for node in nodes for value in reads(node)}
     renamed = {inner: outer for outer, (inner, _) in given.items()}
     inputs = [
         _described(outer, value, names)
@@ -60,12 +62,21 @@ def finish(
         if inner in read or inner in results.values()
     ]
     for node in nodes:
-        node.input[:] = [renamed.get(value, value) for value in node.input]
-    # An output has a node of its own, so that two may be the same value.
+        _rename(node, renamed)
+    # An output has a node of its own, so that two may be the same value; an input that goes out again has none.
     for outer, inner in results.items():
+        if renamed.get(inner) == outer:
+            continue
         nodes.append(helper.make_node("Identity", [renamed.get(inner, inner)], [outer], name=f"output.{outer}"))
     outputs = [_described(outer, described[outer].meta["val"], names) for outer in results]
     return _model(helper.make_graph(nodes, name, inputs, outputs, initializers))
+
+
+def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
+    node.input[:] = [renamed.get(value, value) for value in node.input]
+    for found in node.attribute:
+        for inner in found.g.node:
+            _rename(inner, renamed)
 
 
 def _inputs(name: str, graph: fx.Graph) -> dict[str, tuple[str, Tensor]]:
