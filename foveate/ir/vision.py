@@ -21,6 +21,12 @@ from foveate.ir.tail import END
 
 aten = torch.ops.aten
 
+OTHERS = {
+    "qwen2_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
+    "internvl": "a token is four of the patches that attention and CLS see",
+}
+"""Family -> why its tower is not one of those that selections know."""
+
 
 class Tower:
     """The parts of a vision graph that selections look at, and what they do to it.
@@ -34,7 +40,11 @@ class Tower:
     def __init__(self, edit: Rewriter, name: str, projected: bool = False) -> None:
         about = edit.program.info
         if about.family != "llava":
-            raise PassError(f"{name}: visual tokens cannot be selected in the vision tower of {about.family} yet")
+            why = OTHERS.get(about.family, "it is not known how that makes its tokens")
+            raise PassError(
+                f"{name}: visual tokens cannot be selected in the vision tower of {about.family}: {why}; select in the "
+                "decoder, with fastv or dart for instance"
+            )
         if "vision_rest" in edit.program.graphs:
             cut_by = info(outputs(edit.graph)["count"]).by
             raise PassError(

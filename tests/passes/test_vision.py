@@ -10,6 +10,7 @@ import torch
 
 from foveate.errors import FoveateWarning, InputError, PassError
 from foveate.models.random import random_inputs, random_llava
+from foveate.models.registry import trace_program
 from foveate.ops import PAD
 from foveate.passes import (
     AveragePool,
@@ -25,6 +26,8 @@ from foveate.passes import (
     VisionZip,
     VisPruner,
 )
+from foveate.passes.pipeline import apply_pipeline
+from tests.models.tiny import internvl, qwen2_vl
 from tests.oracle import vision
 from tests.oracle.masked import masked_forward
 from tests.oracle.masks import Masks, Neighbors, Prune
@@ -263,3 +266,12 @@ def test_kept_places_are_those_of_the_patches(mha: Any) -> None:
             source = vision.visionzip(4, 2)(seen)[image].source
             expected += [whole[16 * number + place] if place >= 0 else PAD for place in source]
         assert kept[row].tolist() == expected + [PAD] * (12 - len(expected))
+
+
+@pytest.mark.parametrize(("model", "reason"), [(qwen2_vl, "it has no CLS token"), (internvl, "four of the patches")])
+@pytest.mark.parametrize("passes", ["fastervlm", "visionzip", "cls-curve", "tome", "divprune"])
+def test_towers_of_other_families_are_refused_with_the_reason(
+    model: Callable[[], Any], reason: str, passes: str
+) -> None:
+    with pytest.raises(PassError, match=reason):
+        apply_pipeline(trace_program(model()), passes)
