@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,24 @@ def load(path: str | Path, backend: str | None = None, device: str = "cpu") -> O
     return load_artifact(Path(path), backend, device)
 
 
-def export(model: OptimizedModel, backend: str = "onnx", *, output: str | Path, verify: bool = True) -> Exported:
+def export(
+    model: OptimizedModel,
+    backend: str = "onnx",
+    *,
+    output: str | Path,
+    verify: bool = True,
+    sizes: Mapping[str, tuple[int, int, int]] | None = None,
+) -> Exported:
     """Write an optimized model as a package for another runtime, into a new folder; see `foveate.package`.
 
-    verify: run the package on random prompts and hold it to eager torch. Raises BackendError for a backend or pass that
+    backend: `onnx`, or `tensorrt`, which prepares a build as well and runs it where TensorRT is installed. verify: run
+    the package on random prompts and hold it to eager torch. sizes: least, likeliest and largest size of what
+    TensorRT's profiles span, such as `{"batch": (1, 1, 4)}`. Raises BackendError for a backend or pass that
     cannot be exported, ParityError where the package does not agree, ArtifactError where it cannot be written.
     """
     from foveate.package import export as export_model
 
-    return export_model(model, backend, Path(output), verify)
+    return export_model(model, backend, Path(output), verify, sizes)
 
 
 def cost(program: Program, **sizes: Any) -> Cost:

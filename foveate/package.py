@@ -5,13 +5,15 @@
           embed_tokens.onnx     input_ids -> inputs_embeds
           decoder_prefill.onnx  visual_embeds, text_embeds, ... -> logits, keep.{layer}, present.{i}.*, visual.{i}.*
           decoder_step.onnx     inputs_embeds, past_key_values.{i}.*, visual.{i}.*, ... -> logits, new.{i}.*
+          and, for TensorRT, what `foveate.backends.tensorrt.prepare` writes
 
 The folder is written under a temporary name, checked by running it, and renamed: it is there whole or not at all.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from foveate import artifact
 from foveate.backends.onnx.lowering import open_package
-from foveate.errors import BackendError, ParityError
+from foveate.errors import BackendError, InputError, ParityError
 from foveate.ir.program import ModelInfo
 from foveate.model import OptimizedModel
 
@@ -58,30 +60,53 @@ class Parity:
         )
 
 
+Range = tuple[int, int, int]
+"""Least, likeliest and largest size."""
+
+SIZES: dict[str, Range] = {
+    "batch": (1, 1, 8),
+    "images": (1, 1, 8),
+    "text_tokens": (1, 64, 2048),
+    "past_tokens": (1, 192, 4096),
+    "tokens": (1, 64, 2048),
+}
+"""What TensorRT's profiles span if nothing else is said; visual tokens: one image to four."""
+
+
 @dataclass(frozen=True)
 class Exported:
-    """What was written: folder, backend, bytes by file, and what checking it found (None where it was not checked)."""
+    """What was written: folder, backend, bytes by file, and what checking it found (None where it was not checked).
+
+    tensorrt: how far TensorRT got, where that was the backend (`foveate.backends.tensorrt.prepare.Status`).
+    """
 
     folder: Path
     backend: str
     bytes: dict[str, int]
     parity: Parity | None
+    tensorrt: Any = None
 
     def __str__(self) -> str:
         total, weights = sum(self.bytes.values()), self.bytes["model.safetensors"]
         lines = [f"{self.folder}: {total / 2**20:.1f} MiB, {total / weights:.3f} times its weights"]
-        return "\n".join([*lines, str(self.parity or "not checked against eager")])
+        lines.append(str(self.parity or "not checked against eager"))
+        return "\n".join([*lines, *([] if self.tensorrt is None else [str(self.tensorrt)])])
 
     def to_json(self) -> dict[str, Any]:
         """As the command prints it."""
         parity = None if self.parity is None else {**asdict(self.parity), "ok": self.parity.ok}
-        return {"folder": str(self.folder), "backend": self.backend, "bytes": self.bytes, "parity": parity}
+        found = {"folder": str(self.folder), "backend": self.backend, "bytes": self.bytes, "parity": parity}
+        return found if self.tensorrt is None else {**found, "tensorrt": asdict(self.tensorrt)}
 
 
-def export(model: OptimizedModel, backend: str, folder: Path, verify: bool = True) -> Exported:
+def export(
+    model: OptimizedModel, backend: str, folder: Path, verify: bool = True, sizes: Mapping[str, Range] | None = None
+) -> Exported:
     """See `foveate.export`."""
-    if backend != "onnx":
-        raise BackendError(f"foveate exports to onnx; {backend!r} is not there yet")
+    if backend not in ("onnx", "tensorrt"):
+        raise BackendError(f"foveate exports to onnx and tensorrt, not to {backend!r}")
+    if sizes and backend != "tensorrt":
+        raise BackendError("sizes are those of TensorRT's profiles; graphs for ONNX Runtime take any")
     try:
         from foveate.backends.onnx.package import write_graphs
     except ImportError:
@@ -94,8 +119,51 @@ def export(model: OptimizedModel, backend: str, folder: Path, verify: bool = Tru
         parity = check(model, work) if verify else None
         if parity is not None and not parity.ok:
             raise ParityError(f"the exported graphs do not agree with torch, so nothing was written: {parity}")
-        sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-    return Exported(folder, backend, sizes, parity)
+        exported = Exported(folder, backend, {}, parity)
+        if backend == "tensorrt":
+            exported = replace(exported, tensorrt=prepare_tensorrt(model, work, sizes or {}))
+        files = [path for path in sorted(work.rglob("*")) if path.is_file()]
+        sizes_of = {str(path.relative_to(work)): path.stat().st_size for path in files}
+    return replace(exported, bytes=sizes_of)
+
+
+def prepare_tensorrt(model: OptimizedModel, folder: Path, sizes: Mapping[str, Range]) -> Any:
+    """Prepare a package for TensorRT, with a random prompt's answer as reference, and build it where that is there."""
+    from foveate.backends.onnx.names import FILES
+    from foveate.backends.tensorrt.prepare import prepare
+
+    program = model.program
+    spans = ranges(model, sizes)
+    seen: dict[str, Any] = {}
+    packaged = OptimizedModel(
+        program, model.config, model.generation_config, "onnx", lambda: open_package(program, folder, seen)
+    )
+    inputs = prompts(program.info, len(program.weights.get(program.info.paths["embed"])), (1,), 0)
+    with torch.inference_mode():
+        packaged.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    references = {FILES[name].removesuffix(".onnx"): arrays for name, arrays in seen.items()}
+    return prepare(folder, spans, references if program.dtype != torch.bfloat16 else None)
+
+
+def ranges(model: OptimizedModel, sizes: Mapping[str, Range]) -> dict[str, Range]:
+    """The sizes of every symbolic axis of a package: those given, else `SIZES`, and those that follow from them."""
+    from foveate.backends.onnx.names import axis_name
+
+    program, left = model.program, model.program.tokens_left
+    base: dict[str, Range] = {**SIZES, "visual_tokens": (left, left, 4 * left), "kept_tokens": (1, left, left)}
+    for name in sizes:
+        if name not in base:
+            raise InputError(f"no graph has an axis {name!r} whose size is free; there are: {', '.join(base)}")
+    base |= sizes
+    names = program.symbols.names()
+    free = [{symbol: base[name][i] for symbol, name in names.items() if name in base} for i in range(3)]
+    found: dict[str, Range] = {"tokens": base["tokens"]}
+    given = [n.meta["val"] for graph in program.graphs.values() for n in graph.nodes if n.op == "placeholder"]
+    for size in (size for value in given if isinstance(value, Tensor) for size in value.shape):
+        if isinstance(size, torch.SymInt):
+            least, likely, most = (int(size.node.expr.subs(sizes)) for sizes in free)
+            found[axis_name(size, names)] = least, likely, most
+    return found
 
 
 def check(model: OptimizedModel, folder: Path) -> Parity:

@@ -20,7 +20,7 @@ import torch
 import foveate
 from foveate import package
 from foveate.backends.tensorrt.lint import lint
-from foveate.errors import ArtifactError, BackendError, ParityError
+from foveate.errors import ArtifactError, BackendError, InputError, ParityError
 from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs, random_llava
 
@@ -175,6 +175,25 @@ def test_what_does_not_agree_with_torch_is_not_kept(
     monkeypatch.setattr(package, "TOLERANCE", {torch.float32: 0.0})
     with pytest.raises(ParityError, match=r"do not agree.*0e\+00 allowed"):
         foveate.export(model, output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_for_tensorrt_a_build_is_prepared_and_said_not_to_be_one(model: OptimizedModel, tmp_path: Path) -> None:
+    found = foveate.export(model, backend="tensorrt", output=tmp_path / "out", verify=False, sizes={"batch": (1, 2, 4)})
+    assert found.tensorrt.status == "prepared, not built" and "TensorRT" in found.tensorrt.missing[0]
+    assert "prepared, not built" in str(found) and "build_trt.py" in str(found)
+    spans = json.loads((tmp_path / "out" / "trt" / "profiles.json").read_text())["graphs"]
+    assert spans["decoder_step"]["visual.2.key"] == {"min": [1, 2, 8, 16], "opt": [2, 2, 8, 16], "max": [4, 2, 32, 16]}
+    assert (tmp_path / "out" / "trt" / "decoder_step.in.json").is_file()
+    assert "TRT_decomposable" in str(onnx.load(tmp_path / "out" / "decoder_prefill.trt.onnx", load_external_data=False))
+    assert foveate.load(tmp_path / "out").backend == "onnx"
+
+
+def test_ranges_are_those_of_axes_that_are_there(model: OptimizedModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no graph has an axis 'batches'"):
+        foveate.export(model, backend="tensorrt", output=tmp_path / "out", verify=False, sizes={"batches": (1, 1, 1)})
+    with pytest.raises(BackendError, match="sizes are those of TensorRT"):
+        foveate.export(model, output=tmp_path / "out", sizes={"batch": (1, 1, 1)})
     assert not list(tmp_path.iterdir())
 
 

@@ -13,15 +13,33 @@ from foveate.cli.output import talking
 @click.command("export")
 @click.argument("model", metavar="MODEL_OR_DIR")
 @click.option("--passes", "-p", metavar="P", help=f"{PASSES} Leave it out for a folder that foveate saved.")
-@click.option("--backend", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="What will run it.")
+@click.option(
+    "--backend", type=click.Choice(["onnx", "tensorrt"]), default="onnx", show_default=True, help="What will run it."
+)
 @click.option("-o", "--output", "folder", required=True, metavar="OUT", help="A folder that does not exist yet.")
+@click.option(
+    "--range",
+    "spans",
+    multiple=True,
+    metavar="AXIS=LEAST:LIKELY:MOST",
+    help="TensorRT: sizes to build for, such as batch=1:1:4; repeat it for several axes.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not run it beside torch before it is kept.")
 @size_options
 @json_option
 def command(
-    model: str, passes: str | None, backend: str, folder: str, no_verify: bool, as_json: bool, **options: Any
+    model: str,
+    passes: str | None,
+    backend: str,
+    folder: str,
+    spans: tuple[str, ...],
+    no_verify: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Export a model, with its passes inside the graphs, for ONNX Runtime; exit code 1 if it disagrees with torch.
+
+    For TensorRT the same graphs are linted and a build is prepared; it is run where TensorRT is installed.
 
     MODEL_OR_DIR is a folder made by `foveate optimize`, or any MODEL. Ask OUT with `foveate run` or `foveate.load`.
     """
@@ -29,6 +47,7 @@ def command(
     from foveate.cli.folders import new_folder
     from foveate.errors import ParityError
 
+    sizes = _sizes(spans)
     with talking(as_json) as out, new_folder(folder) as part:
         out.tick("loading the model", 0, 2)
         optimized, get_processor = _find(model, passes, given_sizes(options))
@@ -36,7 +55,7 @@ def command(
 
         out.tick("exporting", 1, 2)
         try:
-            exported = export(optimized, backend, output=part, verify=not no_verify)
+            exported = export(optimized, backend, output=part, verify=not no_verify, sizes=sizes)
         except ParityError as error:
             click.echo(f"error: {error}", err=True)
             raise click.exceptions.Exit(1) from None
@@ -49,6 +68,20 @@ def command(
         for line in str(exported).replace(str(part), folder).splitlines():
             out.line(line)
         out.finish({**exported.to_json(), "folder": folder, "processor": processor})
+
+
+def _sizes(spans: tuple[str, ...]) -> dict[str, tuple[int, int, int]]:
+    from foveate.cli.errors import UseError
+
+    found = {}
+    for span in spans:
+        name, _, text = span.partition("=")
+        try:
+            least, likely, most = (int(number) for number in text.split(":"))
+        except ValueError:
+            raise UseError(f"--range {span}: write AXIS=LEAST:LIKELY:MOST, such as batch=1:1:4") from None
+        found[name] = least, likely, most
+    return found
 
 
 def _find(model: str, passes: str | None, sizes: dict[str, int]) -> tuple[Any, Any]:

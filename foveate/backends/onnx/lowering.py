@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
@@ -11,6 +12,9 @@ from foveate.backends.adapters import adapter_layers
 from foveate.backends.base import Runner
 from foveate.errors import BackendError
 from foveate.ir.program import Program
+
+if TYPE_CHECKING:
+    from foveate.backends.onnx.session import Seen
 
 _ROWS = re.compile(r"(.*)\[(\d+):(\d+)\]")
 
@@ -32,13 +36,16 @@ def lower(program: Program, graph: fx.Graph, name: str) -> Runner:
     return runner(open_memory(model, {label: _weight(program, label) for label in external}), name, graph)
 
 
-def open_package(program: Program, folder: Path) -> dict[str, Runner]:
-    """A runner for each graph of a program, from the files of the package that it was exported to."""
+def open_package(program: Program, folder: Path, seen: Seen | None = None) -> dict[str, Runner]:
+    """A runner for each graph of a program, from the files of the package that it was exported to.
+
+    seen: as `foveate.backends.onnx.session.runner` takes it.
+    """
     from foveate.backends.onnx.names import FILES
     from foveate.backends.onnx.session import open_file, runner
 
     _check(program)
-    return {name: runner(open_file(folder / FILES[name]), name, graph) for name, graph in program.graphs.items()}
+    return {name: runner(open_file(folder / FILES[name]), name, graph, seen) for name, graph in program.graphs.items()}
 
 
 def _check(program: Program) -> None:

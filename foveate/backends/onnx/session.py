@@ -60,18 +60,25 @@ def open_memory(model: Any, weights: Mapping[str, Tensor]) -> Any:
         raise BackendError(f"ONNX Runtime does not take this graph: {_first_line(error)}") from None
 
 
-def runner(session: Any, name: str, graph: fx.Graph) -> Runner:
-    """A program's graph as ONNX Runtime runs it: torch tensors in and out, which share their memory with its own."""
+Seen = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+"""Graph -> the arrays that it was last given, and those that it answered, by their names in a package."""
+
+
+def runner(session: Any, name: str, graph: fx.Graph, seen: Seen | None = None) -> Runner:
+    """A program's graph as ONNX Runtime runs it: torch tensors in and out, which share their memory with its own.
+
+    seen: where to keep what it was asked, and what it answered.
+    """
     taken = {each.name for each in session.get_inputs()}
     given = {str(node.target): input_name(name, str(node.target)) for node in graph.nodes if node.op == "placeholder"}
     wanted = [each.name for each in session.get_outputs()]
 
     def run(inputs: Inputs) -> dict[str, Any]:
         feed = {outer: _array(inputs[inner]) for inner, outer in given.items() if outer in taken}
-        found = session.run(wanted, feed)
-        return rebuilt(
-            name, graph, {label: torch.from_numpy(value) for label, value in zip(wanted, found, strict=True)}
-        )
+        found = dict(zip(wanted, session.run(wanted, feed), strict=True))
+        if seen is not None:
+            seen[name] = feed, found
+        return rebuilt(name, graph, {label: torch.from_numpy(value) for label, value in found.items()})
 
     return run
 
