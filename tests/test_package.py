@@ -24,7 +24,10 @@ from foveate.errors import ArtifactError, BackendError, InputError, ParityError
 from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs, random_llava
 
-PASSES = "drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons{keep=0.5},fastv{layer=1,keep=0.5}"
+PASSES = (
+    "neighbor-attention{radius=1},drop-visual-heads{keep=2,from_layer=1},drop-visual-neurons{keep=0.5},"
+    "fastv{layer=1,keep=0.5}"
+)
 
 
 @pytest.fixture(scope="module")

@@ -54,13 +54,19 @@ def visible(emit: Emitter, q_order: Sequence[fx.Node], k_order: Sequence[fx.Node
 def dense(emit: Emitter, q: str, k: str, v: str, seen: str, scale: float, maybe_none: bool = False) -> str:
     """Attention [B, H, n, e] under a mask bool [B, n, m]; scores are in fp32.
 
-    maybe_none: there may be no query at all, which ONNX Runtime's operator refuses: it gets one more, that sees all.
+    maybe_none: there may be no query or no key at all, which ONNX Runtime's operator refuses: there is one more of
+    each, a query that sees all and a key that no other sees.
     """
     if not maybe_none:
         return str(emit.op("Attention", q, k, v, emit.unsqueeze(seen, 1), scale=scale, **_precision(emit)))
-    wide = emit.op("Pad", q, emit.constant([0, 0, 0, 0, 0, 0, 1, 0]))
-    seen = emit.op("Pad", seen, emit.constant([0, 0, 0, 0, 1, 0]), emit.constant(True))
-    return emit.slice(dense(emit, wide, k, v, seen, scale), 2, emit.constant([0]), emit.length(q, 2))
+    wide = [emit.op("Pad", x, emit.constant([0, 0, 0, 0, 0, 0, 1, 0])) for x in (q, k, v)]
+    # No Pad, which not every runtime has for bool.
+    for axis, value in ((2, False), (1, True)):
+        sizes = [emit.length(seen, 0), emit.length(seen, 1), emit.length(seen, 2)]
+        sizes[axis] = emit.constant([1])
+        seen = emit.concat([seen, emit.op("Expand", emit.constant(value), emit.concat(sizes, 0))], axis)
+    queries, keys, values = wide
+    return emit.slice(dense(emit, queries, keys, values, seen, scale), 2, emit.constant([0]), emit.length(q, 2))
 
 
 def _precision(emit: Emitter) -> dict[str, int]:

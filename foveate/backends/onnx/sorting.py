@@ -17,6 +17,10 @@ def widened(emit: Emitter, value: str, rank: int, axis: int, fill: Any, slots: i
     """A value with more slots at the end of an axis; `fill` is a Python number."""
     ends = [0] * (2 * rank)
     ends[rank + axis] = slots
+    if isinstance(fill, bool):
+        # Not every runtime pads bool.
+        wide = emit.op("Pad", emit.cast(value, torch.int64), emit.constant(ends), emit.constant(int(fill)))
+        return emit.cast(str(wide), torch.bool)
     return str(emit.op("Pad", value, emit.constant(ends), emit.constant(fill)))
 
 
