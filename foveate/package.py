@@ -169,6 +169,8 @@ def ranges(model: OptimizedModel, sizes: Mapping[str, Range]) -> dict[str, Range
 def check(model: OptimizedModel, folder: Path) -> Parity:
     """Run random prompts by the files of a package and by eager torch."""
     program = model.program
+    if any(n.name == "questions" for n in program.graphs["vision"].nodes):
+        raise BackendError("a model that chooses by the question cannot be checked on random prompts: verify=False")
     eager = OptimizedModel(program, model.config, model.generation_config)
     packaged = OptimizedModel(
         program, model.config, model.generation_config, "onnx", lambda: open_package(program, folder)
@@ -176,8 +178,6 @@ def check(model: OptimizedModel, folder: Path) -> Parity:
     found = []
     for number, counts in enumerate(((1,), (2, 0, 1), (0,))):
         inputs = prompts(program.info, int(program.weights.get(program.info.paths["embed"]).shape[0]), counts, number)
-        if program.graphs["vision"] and any(n.name == "questions" for n in program.graphs["vision"].nodes):
-            raise BackendError("a model that chooses by the question cannot be checked on random prompts: verify=False")
         with torch.inference_mode():
             a, b = eager(**inputs), packaged(**inputs)
             answers = [

@@ -62,7 +62,7 @@ def _flat(graph: str, returned: dict[str, Any]) -> Iterator[tuple[str, fx.Node]]
         elif name == "kept":
             yield from ((f"keep.{layer}", node) for layer, node in value.items())
         elif name == "out":
-            yield ("image_features" if graph.startswith("vision") else "logits"), value
+            yield "image_features", value
         elif isinstance(value, fx.Node):
             yield name, value
         elif value:

@@ -12,6 +12,7 @@ from torch import fx
 
 from foveate import ops
 from foveate.backends.onnx.emit import Emitter, Writer
+from foveate.backends.onnx.sorting import steps
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
 
@@ -54,12 +55,11 @@ def _top_tokens(emit: Emitter, node: fx.Node) -> tuple[str, str]:
     wanted = floor_share(emit, emit.op("ReduceSum", emit.cast(counted, torch.int64), one, keepdims=1), keep)
     count = emit.op("Min", wanted, real)
     zero = emit.constant(0)
-    steps = emit.op("Range", zero, emit.op("Squeeze", most), emit.constant(1))
-    spare = emit.op("GreaterOrEqual", emit.unsqueeze(steps, 0), count)
+    spare = emit.op("GreaterOrEqual", emit.unsqueeze(steps(emit, most), 0), count)
     behind = emit.op("Where", spare, tokens, ranked)
     behind = emit.op("Pad", behind, emit.constant([0, 0, 0, 1]), emit.constant(2**62))
     index, _ = emit.op("TopK", behind, emit.op("Add", most, one), outputs=2, axis=1, largest=0)
-    index = emit.slice(index, 1, zero_1(emit), most)
+    index = emit.slice(index, 1, emit.constant([0]), most)
     # Slots that no token is left for stand behind the others.
     room = emit.op("Sub", slots, most)
     ends = emit.concat([emit.constant([0, 0, 0]), room], 0)
@@ -70,11 +70,6 @@ def _top_tokens(emit: Emitter, node: fx.Node) -> tuple[str, str]:
     wide = emit.op("Pad", place, emit.constant([0, 0, 0, 1]), pad)
     kept = emit.op("Where", gone, pad, emit.op("GatherElements", wide, index, axis=1))
     return str(index), str(kept)
-
-
-def zero_1(emit: Emitter) -> str:
-    """0 as int64 [1]."""
-    return emit.constant([0])
 
 
 def floor_share(emit: Emitter, count: str, keep: float) -> str:
@@ -108,13 +103,9 @@ def _take_tokens(emit: Emitter, node: fx.Node) -> str:
 
 def _places(emit: Emitter, node: fx.Node) -> str:
     value = emit.value(args_of(node)[0])
-    steps = _steps(emit, emit.length(value, 1))
+    numbers = steps(emit, emit.length(value, 1))
     sizes = emit.concat([emit.length(value, 0), emit.constant([1])], 0)
-    return str(emit.op("Expand", emit.unsqueeze(steps, 0), sizes))
-
-
-def _steps(emit: Emitter, count: str) -> str:
-    return str(emit.op("Range", emit.constant(0), emit.op("Squeeze", count), emit.constant(1)))
+    return str(emit.op("Expand", emit.unsqueeze(numbers, 0), sizes))
 
 
 def _random_scores(emit: Emitter, node: fx.Node) -> str:
@@ -122,7 +113,7 @@ def _random_scores(emit: Emitter, node: fx.Node) -> str:
     order, seed = args_of(node)
     value = emit.value(order)
     mask = emit.constant(MASK)
-    x = emit.op("Mul", _steps(emit, emit.length(value, 1)), emit.constant(0x2C1B3C6D))
+    x = emit.op("Mul", steps(emit, emit.length(value, 1)), emit.constant(0x2C1B3C6D))
     x = emit.op("BitwiseAnd", emit.op("Add", x, emit.constant(seed & MASK)), mask)
     for multiplier in (0x45D9F3B, 0x297A2D39, 0x119DE1F3):
         mixed = emit.op("BitwiseXor", emit.op("Div", x, emit.constant(2**15)), x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,15 @@ def options() -> Any:
     chosen = runtime().SessionOptions()
     chosen.intra_op_num_threads = torch.get_num_threads()
     chosen.log_severity_level = 3
-    chosen.add_session_config_entry("session.intra_op.allow_spinning", os.environ.get("FOVEATE_ORT_SPIN", "0"))
+    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return chosen
 
 
-def open_file(path: Path, provider: str | None = None) -> Any:
+def open_file(path: Path) -> Any:
     """A session of a package's graph; ArtifactError where ONNX Runtime does not take it."""
     ort = runtime()
     try:
-        return ort.InferenceSession(path, options(), providers=_providers(provider))
+        return ort.InferenceSession(path, options(), providers=_providers())
     except Exception as error:  # whatever ONNX Runtime raises on a damaged file
         raise ArtifactError(f"{path} cannot be opened by ONNX Runtime: {_first_line(error)}") from None
 
@@ -89,11 +88,9 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-def _providers(wanted: str | None) -> list[str]:
+def _providers() -> list[str]:
     there = runtime().get_available_providers()
-    if wanted is not None and wanted not in there:
-        raise BackendError(f"ONNX Runtime has no {wanted} here; there are: {', '.join(there)}")
-    return [wanted] if wanted else [name for name in PROVIDERS if name in there]
+    return [name for name in PROVIDERS if name in there]
 
 
 def _first_line(error: Exception) -> str:
