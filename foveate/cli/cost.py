@@ -9,6 +9,7 @@ import click
 from foveate.cli.amounts import amount_options, taken
 from foveate.cli.options import json_option
 from foveate.cli.output import Out, table, talking
+from foveate.ir.collector import collector_paused
 
 if TYPE_CHECKING:
     from foveate.report.forecast import ForecastReport, Row
@@ -51,7 +52,7 @@ def command(model: str, recipes: tuple[str, ...], plot: str | None, as_json: boo
     modules = _layers(options.pop("modules"))
     if modules and not recipes:
         raise UseError('--modules are counted in recipes: add one with --passes ("" for modules without pruning)')
-    with talking(as_json) as out:
+    with collector_paused(), talking(as_json) as out:
         if plot:
             from foveate.report.plot import check_matplotlib
 

@@ -11,6 +11,7 @@ import click
 from foveate.cli.amounts import amount_options, taken
 from foveate.cli.options import PASSES, json_option
 from foveate.cli.output import Out, talking
+from foveate.ir.collector import collector_paused
 
 if TYPE_CHECKING:
     from foveate.ir.snapshot import Snapshot
@@ -54,7 +55,7 @@ def command(
     if as_json and file is None and form not in (None, "json"):
         raise click.UsageError(f"--json and --format {form} both go to stdout; give -o FILE for one of them")
     form = form or ("json" if as_json else "text")
-    with talking(as_json or (form == "json" and file is None)) as out:
+    with collector_paused(), talking(as_json or (form == "json" and file is None)) as out:
         target = None if file is None else _target(file, (a, b))
         from foveate.ir.diff.gates import Gate
 

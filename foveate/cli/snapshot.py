@@ -10,6 +10,7 @@ import click
 from foveate.cli.amounts import amount_options, taken
 from foveate.cli.options import PASSES, json_option
 from foveate.cli.output import talking
+from foveate.ir.collector import collector_paused
 
 
 @click.command("snapshot")
@@ -27,7 +28,7 @@ def command(model: str, passes: str, file: str | None, as_json: bool, **options:
     from foveate.cli.programs import load_program
     from foveate.files import write_whole
 
-    with talking(as_json) as out:
+    with collector_paused(), talking(as_json) as out:
         sizes, amounts = taken(options, (model,))
         path = None if file is None else _target(file)
         out.tick("tracing", 0, 2)

@@ -4,7 +4,9 @@
 
 While `equal_layers_once` is open, a layer that is built as an earlier one of its list and is called with the same
 other arguments runs as one op `again`; `import_graph` writes what lies between the earlier one's `begin` and `end` once
-more, with the weights of the layer that is named. Anything unequal is recorded itself.
+more, with the weights of the layer that is named. Anything unequal is recorded itself. With `bare`, layers built as
+earlier ones have no weights meanwhile, each of which torch.export would carry along; should one be called in another
+way after all, UnequalError says that the recording has to be made again with their weights.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ for _name in ("begin", "end", "again"):
 _MAY_DIFFER = {"layer_idx", "_parameters", "_buffers"}
 """Attributes of layers which compute the same: their number, and weights, of which the form is compared."""
 
+_WEIGHTS = ("_parameters", "_buffers", "_modules")
+
 
 @dataclass
 class _Call:
@@ -38,8 +42,12 @@ class _Call:
     shapes: list[Any] = field(default_factory=list)
 
 
+class UnequalError(Exception):
+    """A layer without its weights is called in another way than the layer that it is built as."""
+
+
 @contextmanager
-def equal_layers_once(model: nn.Module) -> Iterator[None]:
+def equal_layers_once(model: nn.Module, bare: bool) -> Iterator[None]:
     """While open, each list of layers in `model` records its equal members once; afterwards nothing is left."""
     done: list[str] = []
     with ExitStack() as stack:
@@ -51,8 +59,16 @@ def equal_layers_once(model: nn.Module) -> Iterator[None]:
                 for number, (layer, first) in enumerate(zip(layers, firsts, strict=True)):
                     if "forward" not in vars(layer):
                         stack.callback(delattr, layer, "forward")
-                        object.__setattr__(layer, "forward", _recorder(layer.forward, path, number, first, calls))
+                        record = _unequal if bare and first != number else layer.forward
+                        object.__setattr__(layer, "forward", _recorder(record, path, number, first, calls))
+                        if record is _unequal:
+                            stack.callback(vars(layer).update, {name: vars(layer)[name] for name in _WEIGHTS})
+                            vars(layer).update({name: {} for name in _WEIGHTS})
         yield
+
+
+def _unequal(*args: Any, **kwargs: Any) -> Any:
+    raise UnequalError
 
 
 def _recorder(

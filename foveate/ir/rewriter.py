@@ -40,6 +40,7 @@ class Rewriter:
         self.statistics = statistics
         self.events: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
+        self._weights: dict[str, fx.Node] = {}
 
     @property
     def changed(self) -> bool:
@@ -76,9 +77,9 @@ class Rewriter:
         """An input of the graph; inputs stand first, in the order they were made."""
         anchor = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
         if anchor is None:
-            return self._finish(self.graph.placeholder(name), about, value)
+            return self._finish(self.graph.placeholder(name), about, self.program.symbols.shared(value))
         with self.before(anchor):
-            return self._finish(self.graph.placeholder(name), about, value)
+            return self._finish(self.graph.placeholder(name), about, self.program.symbols.shared(value))
 
     def input(self, name: str, sizes: tuple[str | int, ...], about: NodeInfo, device: Any = None) -> fx.Node:
         """The int64 input of that name, made where the graph has none; device: the weights', if not given."""
@@ -91,19 +92,22 @@ class Rewriter:
 
     def weight(self, name: str) -> fx.Node:
         """The weight of that name; one node a graph, in front of everything that computes."""
-        node: fx.Node
+        known = self._weights.get(name)
+        if known is not None and not known._erased:
+            return known
+        last: fx.Node | None = None
         for node in self.graph.nodes:
-            if node.op == "get_attr" and node.target == name:
-                return node
-            if node.op == "call_function":
+            if node.op not in ("placeholder", "get_attr"):
                 break
-        anchor = next((n for n in self.graph.nodes if n.op in ("call_function", "output")), None)
-        value = self.program.symbols.mode.from_tensor(self.program.weights.get(name), static_shapes=True)
-        about = NodeInfo(layer=-1, role=name)
-        if anchor is None:
-            return self._finish(self._get_attr(name), about, value)
-        with self.before(anchor):
-            return self._finish(self._get_attr(name), about, value)
+            last = node
+            if node.op == "get_attr":
+                self._weights[str(node.target)] = node
+        if name not in self._weights or self._weights[name]._erased:
+            with self.graph.inserting_after(last) if last else self.graph.inserting_before():
+                node = self.graph.create_node("get_attr", name, name="w_" + name.replace(".", "_"))
+            about = NodeInfo(layer=-1, role=name)
+            self._weights[name] = self._finish(node, about, self.program.symbols.like(self.program.weights.get(name)))
+        return self._weights[name]
 
     def output(self, value: dict[str, Arg]) -> fx.Node:
         """Set what the graph returns."""
@@ -169,9 +173,6 @@ class Rewriter:
             self.events["erased"] += erased
         return erased
 
-    def _get_attr(self, name: str) -> fx.Node:
-        return self.graph.create_node("get_attr", name, name="w_" + name.replace(".", "_"))
-
     def _name(self, op: Any, about: NodeInfo) -> str:
         # Names are counted per base, so that the same steps always give the same names.
         stream = "" if about.stream == "none" else f"_{about.stream}"
@@ -188,7 +189,7 @@ class Rewriter:
 
     def _finish(self, node: fx.Node, about: NodeInfo, value: Any) -> fx.Node:
         node.meta["foveate"] = about if about.by else about.with_(by=self.by)
-        node.meta["val"] = self.program.symbols.shared(value)
+        node.meta["val"] = value
         self.events["inserted"] += 1
         return node
 
@@ -210,15 +211,17 @@ def nodes_of(
 ) -> list[fx.Node]:
     """Computing nodes that match all of what is given, in graph order."""
     roles = None if role is None else {role} if isinstance(role, str) else set(role)
-    return [
-        n
-        for n in graph.nodes
-        if n.op == "call_function"
-        and (stream is None or info(n).stream == stream)
-        and (roles is None or info(n).role in roles)
-        and (layer is None or info(n).layer == layer)
-        and (op is None or n.target == op)
-    ]
+    found: list[fx.Node] = []
+    for node in graph.nodes if op is None else graph.find_nodes(op="call_function", target=op):
+        if node.op == "call_function":
+            about = info(node)
+            if (
+                (layer is None or about.layer == layer)
+                and (roles is None or about.role in roles)
+                and (stream is None or about.stream == stream)
+            ):
+                found.append(node)
+    return found
 
 
 def output_nodes(graph: fx.Graph) -> set[fx.Node]:

@@ -36,9 +36,8 @@ class Parts:
 
 
 def share_parts(program: Program, graph: fx.Graph) -> fx.Graph:
-    """A copy of a split prefill graph, in parts as above; it computes the same up to the order of sums."""
-    sharer = _Sharer(program, copy_graph(graph))
-    return sharer.run()
+    """A split prefill graph in parts as above: a copy, or the graph itself where nothing is a part of anything."""
+    return _Sharer(program, copy_graph(graph)).run() if _cuts(graph) else graph
 
 
 class _Sharer:
@@ -50,8 +49,6 @@ class _Sharer:
         self.sums: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def run(self) -> fx.Graph:
-        if not self.cuts:
-            return self.graph
         for node in list(self.graph.nodes):
             if node.op == "call_function":
                 with self.edit.before(node):

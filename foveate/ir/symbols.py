@@ -34,6 +34,7 @@ class Symbols:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # results are remembered here; an entry there takes longer than most ops
         self.sizes: dict[str, Any] = {}
         self._values: dict[Any, Any] = {}
         self._results: dict[Any, Any] = {}
@@ -55,15 +56,19 @@ class Symbols:
         with self.mode:
             return torch.empty(sizes, dtype=dtype, device=device)
 
+    def like(self, value: Tensor) -> Tensor:
+        """The shared fake of a real tensor's shape, dtype and device."""
+        key = _key(value)
+        if key not in self._values:
+            self._values[key] = self.mode.from_tensor(value, static_shapes=True)
+        fake: Tensor = self._values[key]
+        return fake
+
     def shared(self, value: Any) -> Any:
         """The one object that stands for every value of this shape, dtype and device in the program."""
         if isinstance(value, (tuple, list)):
             return tuple(map(self.shared, value))
-        if isinstance(value, Tensor):
-            key: Any = (tuple(map(_expression, value.shape)), value.dtype, str(value.device))
-        else:
-            key = _expression(value)
-        return self._values.setdefault(key, value)
+        return self._values.setdefault(_key(value), value)
 
     def evaluate(self, op: Any, args: Any, kwargs: Any) -> Any:
         """The shared value of op(*args, **kwargs); arguments are nodes, whose shared values are used, and constants.
@@ -74,14 +79,28 @@ class Symbols:
         if key not in self._results:
             fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
             with self.mode, torch.no_grad():
-                call = _groups if op == torch.ops.aten.unflatten.int and fake_args[2][0] == -1 else op
-                result = call(*_plain(fake_args), **{k: _plain(v) for k, v in fake_kwargs.items()})
+                result = _meta_of(op, fake_args)(*_plain(fake_args), **{k: _plain(v) for k, v in fake_kwargs.items()})
             self._results[key] = self.shared(result)
         return self._results[key]
 
     def names(self) -> dict[Any, str]:
         """sympy symbol -> name, for printing and substitution."""
         return {size.node.expr: name for name, size in self.sizes.items()}
+
+
+def _meta_of(op: Any, args: Any) -> Any:
+    """What gives an op's value: the op itself, or what says the same in fewer symbolic steps."""
+    if op == torch.ops.aten.linear.default:
+        return _linear
+    return _groups if op == torch.ops.aten.unflatten.int and args[2][0] == -1 else op
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear`, which torch writes as a product of matrices whose rows are all tokens of the batch."""
+    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        sizes = [tuple(w.shape) for w in (x, weight, bias) if w is not None]
+        raise RuntimeError(f"a linear of {' and '.join(map(str, sizes))}")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _groups(x: Tensor, dim: int, sizes: list[int]) -> Tensor:
@@ -92,6 +111,12 @@ def _groups(x: Tensor, dim: int, sizes: list[int]) -> Tensor:
 
 def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(map(_expression, value.shape)), value.dtype, str(value.device)
+    return _expression(value)
 
 
 def _frozen(value: Any) -> Any:

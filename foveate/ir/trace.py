@@ -76,9 +76,10 @@ def captured_attention(model: Any) -> Iterator[None]:
 def record(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: tuple[dict[int, Any], ...]) -> Any:
     """`torch.export` of a module whose axes named in `dynamic` may have any size."""
     try:
-        with torch.no_grad():
+        # An entry of that cache takes longer to make than most ops, of which few come twice: layers are recorded once.
+        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             return torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-    except TraceError:
+    except (TraceError, repeated.UnequalError):
         raise
     except Exception as error:  # torch.export raises whatever the model raised; the first line says what
         raise TraceError(f"the model could not be traced: {str(error).splitlines()[0]}") from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.ir.program import Program
-from foveate.ir.repeated import equal_layers_once
+from foveate.ir.repeated import UnequalError, equal_layers_once
 from foveate.ir.trace import import_graph, record
 
 Size = Callable[[str], Any]
@@ -38,8 +38,12 @@ def record_graph(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)}
         for sizes, _ in symbolic.values()
     ]
-    with equal_layers_once(model):
-        recorded = record(module, tuple(samples), tuple(dynamic))
+    try:
+        with equal_layers_once(model, bare=True):
+            recorded = record(module, tuple(samples), tuple(dynamic))
+    except UnequalError:
+        with equal_layers_once(model, bare=False):
+            recorded = record(module, tuple(samples), tuple(dynamic))
     fakes: dict[str, Tensor] = {
         name: program.symbols.tensor(*sizes, dtype=dtype or model.dtype, device=device)
         for name, (sizes, dtype) in symbolic.items()

@@ -46,7 +46,7 @@ def test_the_text_is_that_of_a_recording_of_every_layer(
     source = make()
     once = trace_program(source).to_text()
     assert not any("forward" in vars(m) for m in source.modules()), "the model is as it was"
-    monkeypatch.setattr(recording, "equal_layers_once", lambda model: nullcontext())
+    monkeypatch.setattr(recording, "equal_layers_once", lambda model, bare: nullcontext())
     assert trace_program(source).to_text() == once
 
 
@@ -84,6 +84,24 @@ def test_a_layer_whose_hook_changes_what_it_is_given_is_recorded_itself() -> Non
 
     layer.register_forward_pre_hook(other, with_kwargs=True)
     assert 2 in recorded(model)
+
+
+def test_a_layer_that_is_called_in_another_way_is_recorded_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deep()
+    third = model.model.language_model.layers[2]
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        if self is third:
+            cos, sin = options["position_embeddings"]
+            options["position_embeddings"] = (sin, cos)
+        return nn.Module.__call__(self, *args, **options)
+
+    monkeypatch.setattr(type(third), "__call__", call)
+    before = {name: id(value) for name, value in model.named_parameters()}
+    # The recording that leaves weights out is given up at layer 2; the next one has them all.
+    assert recorded(model) == [0, 0, 2]
+    assert {name: id(value) for name, value in model.named_parameters()} == before
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_what_a_configuration_says_of_each_layer_tells_them_apart() -> None:
