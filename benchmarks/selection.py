@@ -158,7 +158,9 @@ def main() -> None:
         replace(folder / "selection.md", markdown(result))
 
     modules: Path = (args.modules or folder / "modules").resolve()
-    train(modules, 2 if args.quick else None)
+    modules.mkdir(parents=True, exist_ok=True)
+    if args.only != "time":
+        train(modules, 2 if args.quick else None)
     if args.only in (None, "accuracy"):
         rows: list[dict[str, Any]] = []
         for found in asked(size, args.jobs, known["accuracy"], modules):
@@ -183,22 +185,13 @@ Rows = dict[str, dict[str, Any]]
 
 def train(folder: Path, steps: int | None) -> None:
     """Modules for digits of each selection that learns, by `foveate train`, where the folder has none."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("lvpruning", "dynamicvit", "smarttrim"):
         if not (folder / f"{name}.safetensors").exists():
             passes, options = f"{name}{{layers=[1,3,5]}}", TRAINING.split()
             options += ["--steps", str(steps)] if steps else []
-            command = [
-                sys.executable,
-                "-m",
-                "foveate.cli.main",
-                "train",
-                "digits",
-                "--data",
-                "digits",
-                "--passes",
-                passes,
-            ]
+            # An interrupted run leaves its checkpoints beside the file.
+            options += ["--resume"] if (folder / f"{name}.safetensors.checkpoints").exists() else []
+            command = [sys.executable, "-m", "foveate.cli.main", "train", "digits", "--data", "digits", "-p", passes]
             subprocess.run([*command, *options, "-o", str(folder / f"{name}.safetensors")], check=True)
 
 
