@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from foveate.passes.pipeline import PASSES
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -21,6 +23,17 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield accuracy_page
     for name in ("accuracy_page", "writing"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`benchmarks/selection_page.py`."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import selection_page
+
+    yield selection_page
+    for name in ("selection_page", "writing"):
         sys.modules.pop(name, None)
 
 
@@ -37,3 +50,18 @@ def test_every_strategy_has_a_style_and_fewer_flops_than_dense(page: Any) -> Non
     names = {row["name"] for row in rows}
     assert names - {"no image"} == set(page.STYLES)
     assert all(row["prefill_flops_share"] < 1 for row in rows if row["name"] != "dense")
+
+
+def test_the_page_of_selections_shows_the_committed_results(selections: Any) -> None:
+    result = json.loads((RESULTS / "selection.json").read_text(encoding="utf-8"))
+    assert (RESULTS / "selection.md").read_text(encoding="utf-8") == selections.markdown(result)
+    assert selections.tables(result) in (ROOT / "docs" / "selection-results.md").read_text(encoding="utf-8")
+
+
+def test_every_way_to_select_was_measured() -> None:
+    result = json.loads((RESULTS / "selection.json").read_text(encoding="utf-8"))
+    # `cut-visual` is the model without an image that the others stand beside.
+    ways = {name for name, cls in PASSES.items() if cls.__module__.startswith(("foveate.passes.select", "foveate.passes.kv"))}
+    on_digits = {row["passes"].partition("{")[0] for row in result["accuracy"]} - {"", "cut-visual"}
+    assert on_digits == ways == {row["passes"].partition("{")[0] for row in result["time"]}
+    assert all("prefill_time" in row and "selecting_time" in row for row in result["accuracy"] if row["passes"])
