@@ -106,7 +106,7 @@ METHODS = (
     Method("FitPrune", "fitprune{budget=@}", BUDGETS, at="fitprune{schedule=[0,200,120,60,30,22,0,0,0,0,0,0]}"),
     Method(
         "SparseVLM, by rank",
-        "sparsevlm{layers=[0,2,4],counts=rank,scale=@}",
+        "sparsevlm{layers=[0,2,4],counts=rank,scale=1-@}",
         at="sparsevlm{layers=[1,3,5],counts=rank,scale=0.8}",
     ),
     Method("CLS curve", "cls-curve{alpha=@,alpha_mode=floor_add}", ADDED, "cls-curve{alpha=0.2,alpha_mode=floor_add}"),

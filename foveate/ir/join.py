@@ -29,6 +29,7 @@ from foveate.ir.residual import fold_residuals
 from foveate.ir.rewriter import Rewriter, equal_nodes, map_arg
 from foveate.ir.select import token_inputs
 from foveate.ir.share import share_parts
+from foveate.ir.sums import fold_sums
 from foveate.ir.tail import END
 from foveate.ir.tokens import Axes, takes_last, token_axes
 
@@ -81,6 +82,7 @@ class _Joiner:
         else:
             self.edit.output(map_arg(result, self._one))
         fold_residuals(self.edit)
+        fold_sums(self.edit)
         self.edit.sweep()
         return self.edit.graph
 

@@ -61,6 +61,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "decide": learned.decide,
     "weighted_attention": learned.weighted_attention,
     "attention_sums": kv.attention_sums,
+    "attention_with_sums": kv.attention_with_sums,
     "neighbor_sums": kv.neighbor_sums,
     "window_tokens": kv.window_tokens,
     "snapkv_tokens": kv.snapkv_tokens,
@@ -90,6 +91,7 @@ DIFFERENTIABLE = (
     "encoder_attention",
     "varlen_attention",
     "attention_row",
+    "attention_with_sums",
     "take_tokens",
     "merge_tokens",
     "join_tokens",
@@ -110,7 +112,7 @@ differentiable("weighted_attention", learned.weighted_attention, learned.weighte
 
 FOLLOW_AUTOCAST = (
     *("attention", "linear", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row"),
-    *("cross_attention", "weighted_attention", "attention_sums", "neighbor_sums"),
+    *("cross_attention", "weighted_attention", "attention_sums", "attention_with_sums", "neighbor_sums"),
 )
 
 for _name in FOLLOW_AUTOCAST:

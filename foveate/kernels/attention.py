@@ -34,7 +34,7 @@ def attention(
     if sum(x.shape[2] for x in q) <= FEW_QUERIES:
         rows = softmaxed_rows(torch.cat(q, 2), k, torch.cat(q_order, 1), k_order, scale).to(q[0].dtype)
         parts = rows.split([x.shape[2] for x in k], dim=3)
-        out = sum(_grouped(p, x) for p, x in zip(parts, v, strict=True))
+        out = sum(grouped(p, x) for p, x in zip(parts, v, strict=True))
         assert isinstance(out, Tensor)  # k and v are never empty lists
         return out.transpose(1, 2).contiguous()
     if prefix >= 0 and layout in _STRUCTURED:
@@ -87,7 +87,7 @@ def softmaxed_rows(
     return scores.masked_fill(~visible[:, None], -math.inf).softmax(-1)
 
 
-def _grouped(rows: Tensor, v: Tensor) -> Tensor:
+def grouped(rows: Tensor, v: Tensor) -> Tensor:
     """Rows [B, H, R, m] times v [B, Hk, m, e] with each key head shared by its group -> [B, H, R, e]."""
     batch, heads, count, keys = rows.shape
     groups = rows.reshape(batch, v.shape[1], heads // v.shape[1] * count, keys)
@@ -122,15 +122,15 @@ def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.cat(outs, 2) if outs else torch.empty_like(q)
 
 
-def _in_sequence(streams: list[Tensor], prefix: int) -> Tensor:
-    """Visual and text stream [B, H, n, e] in the order of the prompt."""
+def in_sequence(streams: list[Tensor], prefix: int) -> Tensor:
+    """Visual and text stream [B, H, n, ...] in the order of the prompt."""
     visual, text = streams
     return torch.cat([text[:, :, :prefix], visual, text[:, :, prefix:]], 2)
 
 
 def _whole(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale: float) -> Tensor:
     """vt:vt, a whole layer: one causal call in sequence order."""
-    queries, keys, values = (_in_sequence(x, prefix) for x in (q, k, v))
+    queries, keys, values = (in_sequence(x, prefix) for x in (q, k, v))
     out = _sdpa(queries, keys, values, scale, causal=True).transpose(1, 2)
     end = prefix + q[0].shape[2]
     return torch.cat([out[:, prefix:end], out[:, :prefix], out[:, end:]], 1)
@@ -153,7 +153,7 @@ def _text(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale:
     Fewer queries than text keys are the last ones of the prompt.
     """
     before = max(0, prefix - (k[1].shape[2] - q[0].shape[2]))
-    keys, values = (_in_sequence(x, prefix) for x in (k, v))
+    keys, values = (in_sequence(x, prefix) for x in (k, v))
     outs = [_lower_right(q[0][:, :, before:], keys, values, scale)]
     if before:
         outs.insert(0, _lower_right(q[0][:, :, :before], k[1][:, :, :prefix], v[1][:, :, :prefix], scale))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.kernels.neighbor.dispatch import planned
-from foveate.ops import attention_pairs, distinct_pairs
+from foveate.ops import attention_pairs, distinct_pairs, summed_pairs
 
 
 def _attention(
@@ -57,6 +57,14 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Any, cu_seqlens: Tensor, *rest: A
 
 def _row(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
     return 2 * q.numel() * sum(x.shape[2] for x in k)
+
+
+def _attention_with_sums(
+    q: list[Tensor], k: list[Tensor], v: Any, q_order: Any, k_order: Any, prefix: int, *rest: Any, **also: Any
+) -> int:
+    batch, heads, _, size = q[0].shape
+    queries, keys = (sum(x.shape[2] for x in xs) for xs in (q, k))
+    return 4 * batch * heads * size * summed_pairs(queries, keys, prefix)
 
 
 def _diverse(x: Tensor, keep: float, *rest: Any, **also: Any) -> int:
@@ -146,6 +154,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "varlen_attention": _varlen_attention,
     "attention_row": _row,
     "attention_sums": _row,
+    "attention_with_sums": _attention_with_sums,
     "neighbor_sums": _row,
     "received_attention": _row,
     "diverse_scores": _diverse,

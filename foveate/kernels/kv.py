@@ -6,21 +6,48 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from foveate.kernels.attention import softmaxed_rows
+from foveate.kernels.attention import grouped, in_sequence, softmaxed_rows
 from foveate.kernels.neighbor.reference import visible
 from foveate.ops import PAD
-from foveate.ops.kv import heavy_recent_count, snapkv_count
-
-BLOCK = 64
-"""Queries whose rows are held at once, for every head."""
+from foveate.ops.kv import ROWS, heavy_recent_count, snapkv_count
 
 
 def attention_sums(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     """`foveate::attention_sums`."""
     found = _zeros(q, k)
-    for block, order in zip(q.split(BLOCK, 2), q_order.split(BLOCK, 1), strict=True):
+    for block, order in zip(q.split(ROWS, 2), q_order.split(ROWS, 1), strict=True):
         _add(found, softmaxed_rows(block, k, order, k_order, scale), order)
     return found
+
+
+def attention_with_sums(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    q_order: list[Tensor],
+    k_order: list[Tensor],
+    prefix: int,
+    layout: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`foveate::attention_with_sums`; in sequence order, where that is known, a block sees no key behind its last."""
+    ordered = prefix >= 0
+    queries, keys, values = (in_sequence(x, prefix) if ordered else torch.cat(x, 2) for x in (q, k, v))
+    orders = ([x[:, None] for x in xs] for xs in (q_order, k_order))
+    q_places, k_places = ((in_sequence(x, prefix) if ordered else torch.cat(x, 2))[:, 0] for x in orders)
+    outs, sums = [], _zeros(q[0], k)
+    for start in range(0, queries.shape[2], ROWS):
+        block = slice(start, start + ROWS)
+        seen = slice(0, min(start + ROWS, keys.shape[2]) if ordered else keys.shape[2])
+        order = q_places[:, block]
+        rows = softmaxed_rows(queries[:, :, block], [keys[:, :, seen]], order, [k_places[:, seen]], scale)
+        outs.append(grouped(rows.to(values.dtype), values[:, :, seen]))
+        _add(sums[:, :, seen], rows.detach(), order)
+    out = torch.cat(outs, 2).transpose(1, 2) if outs else queries.transpose(1, 2)
+    if not ordered:
+        return out.contiguous(), sums
+    visual = q[0].shape[2]
+    return _in_streams(out, 1, prefix, visual), _in_streams(sums, 2, prefix, visual)
 
 
 def neighbor_sums(
@@ -39,8 +66,8 @@ def neighbor_sums(
     """`foveate::neighbor_sums`; every score of a block is computed, and those out of sight are hidden."""
     found = _zeros(q, k)
     batch, heads, _, size = q.shape
-    for start in range(0, q.shape[2], BLOCK):
-        block = slice(start, start + BLOCK)
+    for start in range(0, q.shape[2], ROWS):
+        block = slice(start, start + ROWS)
         order, where, rows = q_order[:, block], q_coords[:, block], q[:, :, block]
         seen = [visible(order, where, k_order[0], coords, radius, metric, causal)]
         seen += [(keys[:, None] <= order[..., None]) & see_text for keys in k_order[1:]]
@@ -123,6 +150,12 @@ def _add(sums: Tensor, rows: Tensor, order: Tensor) -> None:
     """Add rows [B, H, r, m] of queries that are no padding to sums [B, Hk, m], over each group of heads."""
     rows = rows.masked_fill((order == PAD)[:, None, :, None], 0.0)
     sums += rows.sum(2).unflatten(1, (sums.shape[1], -1)).sum(2)
+
+
+def _in_streams(x: Tensor, dim: int, prefix: int, visual: int) -> Tensor:
+    """What stands in sequence order, visual tokens first again."""
+    before, image, behind = x.tensor_split([prefix, prefix + visual], dim)
+    return torch.cat([image, before, behind], dim)
 
 
 def _gathered(x: Tensor, index: Tensor) -> Tensor:

@@ -29,10 +29,12 @@ from foveate.ops.guided import (
 )
 from foveate.ops.kv import (
     attention_sums,
+    attention_with_sums,
     heavy_recent_count,
     heavy_tokens,
     neighbor_sums,
     snapkv_tokens,
+    summed_pairs,
     take_keys,
     window_tokens,
 )
@@ -56,6 +58,7 @@ __all__ = [
     "attention_row",
     "attention_statistics",
     "attention_sums",
+    "attention_with_sums",
     "cls_curve",
     "cluster_count",
     "cross_attention",
@@ -92,6 +95,7 @@ __all__ = [
     "relevance",
     "residual",
     "snapkv_tokens",
+    "summed_pairs",
     "take_keys",
     "take_tokens",
     "tome",

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from foveate.ops.library import LIBRARY, fake
 
+ROWS = 64
+"""Queries whose rows are held at once, for every head."""
+
 LIBRARY.define("attention_sums(Tensor q, Tensor[] k, Tensor q_order, Tensor[] k_order, float scale) -> Tensor")
 attention_sums = torch.ops.foveate.attention_sums.default
 """What queries pay to each key, summed over them and over the heads that share a key head: -> fp32 [B, Hk, sum m_j].
@@ -19,6 +22,41 @@ nothing. Exact, in blocks of queries."""
 @fake("attention_sums")
 def _attention_sums(q: Tensor, k: list[Tensor], q_order: Tensor, k_order: list[Tensor], scale: float) -> Tensor:
     return q.new_empty(q.shape[0], k[0].shape[1], sum(x.shape[2] for x in k), dtype=torch.float32)
+
+
+LIBRARY.define(
+    "attention_with_sums(Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] q_order, Tensor[] k_order, SymInt prefix,"
+    " str layout, float scale) -> (Tensor, Tensor)"
+)
+attention_with_sums = torch.ops.foveate.attention_with_sums.default
+"""`attention` of a whole layer, "vt:vt", and what all of its queries pay to each key, as `attention_sums` has it.
+
+Rows of weights serve both, so that the sums cost no product of queries and keys of their own."""
+
+
+@fake("attention_with_sums")
+def _attention_with_sums(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    q_order: list[Tensor],
+    k_order: list[Tensor],
+    prefix: int,
+    layout: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, _, size = q[0].shape
+    queries, keys = (sum(x.shape[2] for x in xs) for xs in (q, k))
+    sums = q[0].new_empty(batch, k[0].shape[1], keys, dtype=torch.float32)
+    return q[0].new_empty(batch, queries, heads, size), sums
+
+
+def summed_pairs(queries: int, keys: int, prefix: int) -> int:
+    """Query-key pairs of one head that a call of `attention_with_sums` computes: blocks of a causal square, or all."""
+    if prefix < 0:
+        return queries * keys
+    ends = [min(start + ROWS, queries) for start in range(0, queries, ROWS)]
+    return sum((end - start) * end for start, end in zip(range(0, queries, ROWS), ends, strict=True))
 
 
 LIBRARY.define(

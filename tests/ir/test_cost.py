@@ -73,6 +73,7 @@ COUNTED = {
         "attention_row",
         "received_attention",
         "attention_sums",
+        "attention_with_sums",
         "neighbor_sums",
         "diverse_scores",
         "distinct_scores",

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate import ops
-from foveate.kernels import kv, reference
+from foveate.kernels import reference
 from foveate.kernels.neighbor.reference import visible
 from foveate.ops import PAD
-from foveate.ops.kv import snapkv_count
-from tests.kernels.prompts import HEADS, SCALE, SIZE, scattered
+from foveate.ops.kv import ROWS, snapkv_count, summed_pairs
+from tests.kernels.prompts import HEADS, SCALE, SIZE, call, in_sequence, scattered
 from tests.kernels.test_scores import coords_of
 from tests.kernels.test_tokens import ragged
 
@@ -38,7 +38,7 @@ def sums(rows: Tensor, q_order: Tensor, kv_heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(("visual", "text"), [(5, 9), (0, 4), (kv.BLOCK + 3, kv.BLOCK + 2)])
+@pytest.mark.parametrize(("visual", "text"), [(5, 9), (0, 4), (ROWS + 3, ROWS + 2)])
 def test_attention_sums_are_the_rows_added_up(heads: tuple[int, int], visual: int, text: int) -> None:
     orders = scattered(visual, text, torch.Generator().manual_seed(1), batch=2)
     k_order = [orders["v"], orders["t"]]
@@ -52,6 +52,36 @@ def test_attention_sums_are_the_rows_added_up(heads: tuple[int, int], visual: in
         torch.testing.assert_close(found, sums(rows, q_order, heads[1]))
         assert counter.get_total_flops() == 2 * q.numel() * (visual + text)
     torch.library.opcheck(ops.attention_sums, call, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("prefix", [-1, 0, 4, 9])
+@pytest.mark.parametrize(("visual", "text"), [(5, 9), (0, 9), (ROWS + 3, ROWS + 2)])
+def test_attention_with_sums_is_both(heads: tuple[int, int], prefix: int, visual: int, text: int) -> None:
+    orders = in_sequence(visual, text, prefix) if prefix >= 0 else scattered(visual, text, torch.Generator(), batch=2)
+    asked = call("vt:vt", orders, heads, prefix)
+    with FlopCounterMode(display=False) as counter:
+        out, found = ops.attention_with_sums(**asked)
+    real = torch.cat(asked["q_order"], 1) != PAD
+    torch.testing.assert_close(out[real], reference.attention(**asked)[real], rtol=1e-5, atol=1e-5)
+    k, k_order = asked["k"], asked["k_order"]
+    parts = [ops.attention_sums(q, k, o, k_order, SCALE) for q, o in zip(asked["q"], asked["q_order"], strict=True)]
+    torch.testing.assert_close(found, parts[0] + parts[1], rtol=1e-5, atol=1e-5)
+    pairs = summed_pairs(visual + text, visual + text, prefix)
+    assert counter.get_total_flops() == 4 * 2 * heads[0] * SIZE * pairs
+    torch.library.opcheck(ops.attention_with_sums, tuple(asked.values()), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("prefix", [-1, 4])
+def test_gradients_of_attention_with_sums_are_those_of_attention(prefix: int) -> None:
+    orders = in_sequence(5, 9, 4)
+    found = []
+    for op in (ops.attention, lambda **asked: ops.attention_with_sums(**asked)[0]):
+        asked = call("vt:vt", orders, (4, 2), prefix)
+        leaves = [x.requires_grad_() for name in "qkv" for x in asked[name]]
+        found.append(torch.autograd.grad(op(**asked).square().sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", HEADS)

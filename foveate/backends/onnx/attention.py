@@ -74,7 +74,8 @@ def _precision(emit: Emitter) -> dict[str, int]:
     return {} if emit.program.dtype == torch.float32 else {"softmax_precision": TensorProto.FLOAT}
 
 
-def _attention(emit: Emitter, node: fx.Node) -> str:
+def attention(emit: Emitter, node: fx.Node) -> str:
+    """`foveate::attention`, or what another op has of it: the first arguments are the same."""
     q, k, v, q_order, k_order, _, layout, scale = args_of(node)
     seen = visible(emit, q_order, k_order)
     if layout.startswith("t:") and layout.count("t") > 2:
@@ -207,7 +208,7 @@ def _near(emit: Emitter, q_coords: str, coords: str, q_order: str, order: str, r
 
 
 WRITERS: dict[Any, Writer] = {
-    ops.attention: _attention,
+    ops.attention: attention,
     ops.encoder_attention: _encoder_attention,
     ops.attention_row: _attention_row,
     ops.neighbor_attention: _neighbor_attention,

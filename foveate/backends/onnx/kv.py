@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from foveate import ops
-from foveate.backends.onnx.attention import around, softmaxed, visible
+from foveate.backends.onnx.attention import around, attention, softmaxed, visible
 from foveate.backends.onnx.emit import Emitter, Writer
 from foveate.backends.onnx.fit import real
 from foveate.backends.onnx.selection import floor_share
 from foveate.backends.onnx.sorting import best, counted, marked, rising, steps, widened
+from foveate.ir.attention import Attention
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
 
@@ -22,6 +23,15 @@ from foveate.ir.rewriter import shape
 def _attention_sums(emit: Emitter, node: fx.Node) -> str:
     q, k, q_order, k_order, scale = args_of(node)
     return _summed(emit, q, k, q_order, visible(emit, [q_order], k_order), scale)
+
+
+def _attention_with_sums(emit: Emitter, node: fx.Node) -> tuple[str, str]:
+    asked = Attention.of(node)
+    parts = [
+        _summed(emit, q, asked.k, order, visible(emit, [order], asked.k_order), asked.scale)
+        for q, order in zip(asked.q, asked.q_order, strict=True)
+    ]
+    return attention(emit, node), str(emit.op("Add", *parts))
 
 
 def _neighbor_sums(emit: Emitter, node: fx.Node) -> str:
@@ -166,6 +176,7 @@ def _take_keys(emit: Emitter, node: fx.Node) -> str:
 
 WRITERS: dict[Any, Writer] = {
     ops.attention_sums: _attention_sums,
+    ops.attention_with_sums: _attention_with_sums,
     ops.neighbor_sums: _neighbor_sums,
     ops.window_tokens: _window_tokens,
     ops.snapkv_tokens: _snapkv_tokens,

@@ -46,6 +46,7 @@ GATHERS = {ops.take_tokens, aten.embedding.default}
 
 ATTENTIONS = {
     *(ops.attention, ops.neighbor_attention, ops.encoder_attention, ops.varlen_attention, ops.cross_attention),
+    ops.attention_with_sums,
 }
 
 FUSABLE = {
@@ -218,6 +219,14 @@ def _attention(node: fx.Node, sizes: Sizes) -> tuple[int, int]:
     return 4 * batch * heads * size * spanned, 4 * batch * heads * size * computed
 
 
+def _attention_with_sums(node: fx.Node, sizes: Sizes) -> int:
+    attention = Attention.of(node)
+    batch, heads, _, size = sizes.shape(attention.q[0])
+    queries, keys = (sum(sizes.shape(x)[2] for x in xs) for xs in (attention.q, attention.k))
+    prefix = sizes.names.get("prefix", -1) if isinstance(attention.prefix, fx.Node) else attention.prefix
+    return 4 * batch * heads * size * ops.summed_pairs(queries, keys, prefix)
+
+
 def _encoder_attention(node: fx.Node, sizes: Sizes) -> int:
     batch, heads, count, size = sizes.shape(args_of(node)[0])
     return 4 * batch * heads * size * count * count
@@ -320,6 +329,7 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.varlen_attention: _varlen_attention,
     ops.attention_row: _row,
     ops.attention_sums: _row,
+    ops.attention_with_sums: _attention_with_sums,
     ops.neighbor_sums: _row,
     ops.received_attention: _row,
     ops.diverse_scores: _diverse,
