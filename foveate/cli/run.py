@@ -37,8 +37,8 @@ def command(
 
     DIR is a folder made by `foveate optimize` or `foveate export`, or any MODEL.
     """
+    from foveate.cli import packaged
     from foveate.cli.folders import check_file
-    from foveate.cli.packaged import ask, open_quickly
     from foveate.examples import open_image
 
     with talking(as_json) as out:
@@ -49,9 +49,9 @@ def command(
             check_matplotlib()
         pictures = [open_image(Path(name).expanduser()) for name in images]
         drawn = passes or kept_file or curve_file
-        quick = open_quickly(model, backend, bool(images)) if not drawn else None
+        quick = packaged.open_quickly(model, backend, bool(images)) if not drawn else None
         if quick is not None:
-            answer = ask(quick, model, prompt, pictures, max_new_tokens)
+            answer = packaged.ask(quick, model, prompt, pictures, max_new_tokens)
         else:
             found = _find(model, passes, backend)
             answer = _ask(*found, prompt, pictures, max_new_tokens, kept_file, curve_file)
