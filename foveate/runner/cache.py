@@ -56,7 +56,7 @@ class Cache:
         """found: what a prefill returned, of which what `step` takes is kept."""
         self.writer = writer
         self.seen, self.next_position = seen, streams.next_position
-        self.fixed: dict[str, Value | Array] = {"visual_order": streams.visual.order}
+        kept: dict[str, Value | Array] = {"visual_order": streams.visual.order}
         self.text: dict[str, Value] = {}
         self.length = 0
         self.steps: Any = None  # what is bound to these buffers, see `foveate.runner.steps`
@@ -66,17 +66,17 @@ class Cache:
             if kind == "present":
                 start[f"past_key_values.{layer}.{part}"] = value
             elif kind == "keep":
-                self.fixed[name] = value.read()
+                kept[name] = value.read()
             elif kind == "held" and part == "places":
                 # A row has as many keys in every head, so the first one says which slots are filled.
-                self.fixed[f"held_order_{layer}"] = np.ascontiguousarray(value.read()[:, 0])
+                kept[f"held_order_{layer}"] = value.read()[:, 0]
             else:
-                self.fixed[name] = value
+                kept[name] = value
                 if kind == "held":
                     # One block holds the whole prompt; only the answer's text grows behind it.
                     order = order[:, :0]
                     start[f"past_key_values.{layer}.{part}"] = _nothing(value)
-        self.fixed = {name: value for name, value in self.fixed.items() if name in step.inputs}
+        self.fixed = {name: _put(value, writer.device) for name, value in kept.items() if name in step.inputs}
         self.order = np.full((len(order), 0), PAD, np.int64)
         self.extend({name: value for name, value in start.items() if name in step.inputs}, order)
 
@@ -107,8 +107,12 @@ class Cache:
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held, with the room for growth."""
-        values = [value for value in (*self.fixed.values(), *self.text.values()) if isinstance(value, Value)]
-        return sum(value.held.tensor_size_in_bytes() for value in values)
+        values = [value.held for value in (*self.fixed.values(), *self.text.values())]
+        return sum(held.tensor_size_in_bytes() for held in values if held.data_type() != "tensor(int64)")
+
+
+def _put(value: Value | Array, device: Device) -> Value:
+    return value if isinstance(value, Value) else device.put(np.ascontiguousarray(value))
 
 
 def _zeros(like: Value, tokens: int) -> Array:

@@ -70,12 +70,14 @@ class NumpyModel:
         position_ids: Any = None,
         questions: Any = None,
         cache: Cache | None = None,
+        **options: Any,
     ) -> NextLogits:
         """Next-token logits of a batch of prompts, or of their continuation when a cache is given, which grows.
 
         Takes what the model's processor returns, as arrays. questions: fp32 [images, P] of `foveate.questions`, where a
         pass asks for them. Raises InputError where the inputs do not fit together.
         """
+        _refuse(options)
         ids = self._ids(input_ids)
         if cache is not None:
             return NextLogits(stepped(self.graphs["embed"], self.graphs["decode"], cache, ids), cache)
@@ -220,3 +222,13 @@ def open_package(folder: Path, device: str | None = None) -> NumpyModel:
 
 def _taken(values: Array, index: Array) -> Array:
     return np.take_along_axis(values, index, 1)
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Options of the Hugging Face call that are not heeded here are errors, not ignored."""
+    unknown = sorted(name for name, value in options.items() if value is not None and value is not False)
+    if unknown:
+        raise InputError(
+            f"a package over numpy arrays does not take {', '.join(unknown)}; it takes input_ids, pixel_values, "
+            "attention_mask, position_ids, questions and cache"
+        )

@@ -49,12 +49,13 @@ class Device:
 
     @classmethod
     def named(cls, wanted: str | None) -> Device:
-        """`cpu`, `cuda` or `cuda:1`; None: a GPU where this ONNX Runtime is built for one. Errors say what there is."""
-        able = CUDA in available()
-        kind, colon, number = ("cuda" if able else "cpu").partition(":") if wanted is None else wanted.partition(":")
+        """`cpu`, `cuda` or `cuda:1`; None: a GPU where ONNX Runtime finds one. Errors say what is wrong."""
+        if wanted is None:
+            return cls("cuda") if _has_gpu() else cls()
+        kind, colon, number = wanted.partition(":")
         if kind not in ("cpu", "cuda") or (colon and not number.isdecimal()):
             raise InputError(f"device {wanted!r} is not known; give 'cpu', 'cuda' or 'cuda:0'")
-        if kind == "cuda" and not able:
+        if kind == "cuda" and CUDA not in available():
             raise BackendError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu, or device='cpu'")
         return cls(kind, int(number or 0))
 
@@ -145,6 +146,17 @@ class Binding:
             self.session.inner.run_with_iobinding(self.inner)
         except Exception as error:  # whatever ONNX Runtime raises
             raise BackendError(f"ONNX Runtime cannot run {self.session.name}: {first_line(error)}") from None
+
+
+def _has_gpu() -> bool:
+    """Whether there is GPU memory to be had: ONNX Runtime may be built for GPUs on a machine without one."""
+    if CUDA not in available():
+        return False
+    try:
+        installed().OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+    except Exception:  # whatever ONNX Runtime raises where it finds no driver
+        return False
+    return True
 
 
 def _threads() -> int:

@@ -131,7 +131,11 @@ print(sorted(name for name in ("torch", "transformers", "onnx") if sys.modules.g
 """
 
 
-@pytest.mark.parametrize("blocked", [(), ("torch", "transformers", "onnx", "safetensors")], ids=["free", "blocked"])
+REST = ("torch", "transformers", "onnx", "safetensors", "PIL", "yaml", "rich", "click")
+"""What foveate needs elsewhere."""
+
+
+@pytest.mark.parametrize("blocked", [(), REST], ids=["free", "blocked"])
 def test_neither_torch_nor_transformers_is_needed(blocked: tuple[str, ...], packaged: Packaged, tmp_path: Path) -> None:
     folder = packaged("fastv{layer=1,keep=0.5},cut-visual{from_layer=2}")
     inputs = arrays(random_inputs(model(), batch=2, images_per_row=[2, 1], padding="left"))

@@ -14,7 +14,7 @@ from foveate.models.random import random_inputs
 from foveate.runner import NumpyModel
 from foveate.runner.cache import GROWTH, ArrayWriter
 from foveate.runner.device import GraphWriter
-from foveate.runner.sessions import HOST, Device, Value
+from foveate.runner.sessions import HOST, Device
 from tests.ir.programs import KV_HEADS, LAYERS, TOKENS, llava, model, optimized
 from tests.runner.conftest import Packaged, arrays
 
@@ -133,7 +133,7 @@ def test_a_step_writes_its_own_keys_and_moves_no_cache(packaged: Packaged) -> No
     cache = here(**arrays(random_inputs(model(), batch=2))).cache
     here([[5], [6]], cache=cache)
     places = {name: value.held.data_ptr() for name, value in cache.text.items()}
-    visual = {name: value.held.data_ptr() for name, value in cache.fixed.items() if isinstance(value, Value)}
+    visual = {name: value.held.data_ptr() for name, value in cache.fixed.items()}
     assert len(places) == 2 * LAYERS and visual
     writer.bytes.clear()
     steps = cache.steps
@@ -143,7 +143,7 @@ def test_a_step_writes_its_own_keys_and_moves_no_cache(packaged: Packaged) -> No
     assert writer.bytes == [2 * LAYERS * 2 * KV_HEADS * width * 4] * (GROWTH // 2)
     assert cache.steps is steps
     assert places == {name: value.held.data_ptr() for name, value in cache.text.items()}
-    assert visual == {name: value.held.data_ptr() for name, value in cache.fixed.items() if isinstance(value, Value)}
+    assert visual == {name: value.held.data_ptr() for name, value in cache.fixed.items()}
     assert cache.nbytes() > 8 * writer.bytes[0]
 
 
@@ -193,6 +193,11 @@ def test_half_precision(tmp_path: Any) -> None:
 def test_wrong_inputs_are_one_error(plain: NumpyModel, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plain.generate(**{**arrays(random_inputs(model())), **change})
+
+
+def test_a_call_refuses_what_it_does_not_take(plain: NumpyModel) -> None:
+    with pytest.raises(InputError, match="does not take labels, past_key_values; it takes input_ids, pixel_values"):
+        plain([[5]], labels=[[5]], past_key_values=5, return_dict=None)
 
 
 def test_what_numpy_does_not_run_is_refused(packaged: Packaged, tmp_path: Any) -> None:
