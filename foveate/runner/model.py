@@ -14,7 +14,7 @@ from foveate.manifest import GRAPHS, MANIFEST, read_manifest, reading
 from foveate.runner.cache import ArrayWriter, Cache, Writer
 from foveate.runner.choosing import Chooser
 from foveate.runner.device import GraphWriter
-from foveate.runner.prompts import Array, Images, Vocabulary, arrange
+from foveate.runner.prompts import Array, Images, Streams, Vocabulary, arrange
 from foveate.runner.sessions import Device, Session
 from foveate.runner.settings import SAMPLING, Settings
 from foveate.runner.steps import stepped
@@ -80,10 +80,16 @@ class NumpyModel:
         _refuse(options)
         ids = self._ids(input_ids)
         if cache is not None:
+            if ids.ndim != 2 or not ids.size or len(ids) != len(cache.order):
+                raise InputError(
+                    f"input_ids has shape {ids.shape}; the cache goes on with [{len(cache.order)}, tokens]"
+                )
             return NextLogits(stepped(self.graphs["embed"], self.graphs["decode"], cache, ids), cache)
         mask, positions = (None if x is None else np.asarray(x, np.int64) for x in (attention_mask, position_ids))
         images = self._images(pixel_values, questions)
-        streams = arrange(self.about, ids, mask, positions, images)
+        return self._prefill(ids, arrange(self.about, ids, mask, positions, images), images)
+
+    def _prefill(self, ids: Array, streams: Streams, images: Images | None) -> NextLogits:
         text = self.graphs["embed"].run({"input_ids": _taken(ids, streams.text.index)})["inputs_embeds"].read()
         visual = np.zeros((len(text), 0, text.shape[2]), text.dtype)
         if images is not None and images.width:

@@ -22,7 +22,7 @@ PIPELINES = (
     "",
     "fastv{layer=1,keep=0.5},cut-visual{from_layer=2}",
     "neighbor-attention{radius=1},drop-visual-heads{keep=0,from_layer=2}",
-    "divprune{keep=0.7},pyramiddrop{layers=[1,2],keep=0.6}",
+    pytest.param("divprune{keep=0.7},pyramiddrop{layers=[1,2],keep=0.6}", marks=pytest.mark.slow),
     "cls-curve{layer=0}",
     "snapkv{capacity=8,window=2,kernel=3}",
 )
@@ -165,6 +165,7 @@ def test_buffers_out_of_numpy_s_reach_are_written_in_place(packaged: Packaged) -
         assert np.array_equal(buffers[name].array, wanted)
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path: Any) -> None:
     source = llava(layers=2, dtype=torch.float16)
     opt = foveate.optimize(source, "fastv{layer=1,keep=0.5}")
@@ -198,6 +199,10 @@ def test_wrong_inputs_are_one_error(plain: NumpyModel, change: dict[str, Any], m
 def test_a_call_refuses_what_it_does_not_take(plain: NumpyModel) -> None:
     with pytest.raises(InputError, match="does not take labels, past_key_values; it takes input_ids, pixel_values"):
         plain([[5]], labels=[[5]], past_key_values=5, return_dict=None)
+    cache = plain([[5], [6]]).cache
+    for ids in ([[5]], [5, 6], [[], []]):
+        with pytest.raises(InputError, match=r"the cache goes on with .2, tokens."):
+            plain(ids, cache=cache)
 
 
 def test_what_numpy_does_not_run_is_refused(packaged: Packaged, tmp_path: Any) -> None:
