@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.api import cost, diff, export, load, optimize, trace
+    from foveate.api import cost, diff, export, optimize, trace
     from foveate.clip import questions
+    from foveate.loading import load
     from foveate.model import OptimizedModel
 
 __version__ = "0.1.0"
@@ -13,7 +14,7 @@ __all__ = ["OptimizedModel", "__version__", "cost", "diff", "export", "load", "o
 
 _HOME = {
     "optimize": "foveate.api",
-    "load": "foveate.api",
+    "load": "foveate.loading",
     "trace": "foveate.api",
     "cost": "foveate.api",
     "diff": "foveate.api",

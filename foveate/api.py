@@ -9,6 +9,7 @@ from typing import Any
 from foveate.ir.cost import Cost, cost_of
 from foveate.ir.program import Program
 from foveate.ir.statistics import Statistics
+from foveate.loading import load
 from foveate.model import OptimizedModel
 from foveate.models.registry import check_runs, family_of, trace_program
 from foveate.package import Exported
@@ -47,16 +48,6 @@ def optimize(
     program = apply_pipeline(trace(model) if traced is None else traced.copy(), passes, statistics)
     program.forget_unused()
     return OptimizedModel(program, model.config, model.generation_config, backend)
-
-
-def load(path: str | Path, backend: str | None = None, device: str = "cpu") -> OptimizedModel:
-    """Load what `OptimizedModel.save_pretrained` or `export` wrote; ArtifactError for a damaged or foreign folder.
-
-    backend: what runs it; None for what it was written for: `eager`, or `onnx` where it was exported.
-    """
-    from foveate.artifact import load as load_artifact
-
-    return load_artifact(Path(path), backend, device)
 
 
 def export(

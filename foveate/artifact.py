@@ -11,7 +11,6 @@ A folder is written under a temporary name and renamed, so that it is there whol
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import tempfile
@@ -29,19 +28,14 @@ from torch import Tensor, nn
 from foveate import __version__
 from foveate.backends.adapters import adapter_layers
 from foveate.backends.onnx.lowering import open_package
-from foveate.errors import ArtifactError, FoveateError
+from foveate.errors import ArtifactError
 from foveate.ir.decode import derive_decode
 from foveate.ir.program import PassRecord, Program, Symbols, Weights
 from foveate.ir.rules import verify
 from foveate.ir.text import parse_graphs
+from foveate.manifest import FILES, FORMAT, MANIFEST, read_manifest, reading, sha256
 from foveate.model import OWN, OptimizedModel
 from foveate.models.registry import FAMILIES, check_runs
-
-FORMAT = 1
-MANIFEST = "foveate.json"
-FILES = ("program.txt", "model.safetensors", "config.json", "generation_config.json")
-GRAPHS = ("vision_encoder.onnx", "vision_rest.onnx", "embed_tokens.onnx", "decoder_prefill.onnx", "decoder_step.onnx")
-"""Files that an exported package may have besides; its manifest says which."""
 
 
 def save(model: OptimizedModel, folder: Path) -> None:
@@ -121,16 +115,27 @@ def write_model(model: OptimizedModel, work: Path, state: Mapping[str, Tensor] |
         "versions": {"foveate": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "passes": [dataclasses.asdict(record) for record in program.passes],
         "parameters": sorted(n for n, v in program.weights.items() if n in used and isinstance(v, nn.Parameter)),
-        "files": {name: _sha256(work / name) for name in FILES},
+        "files": {name: sha256(work / name) for name in FILES},
     }
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def add_graphs(work: Path, names: Sequence[str]) -> None:
-    """Say in the manifest of a folder just written that it has these graphs too, and runs by them."""
+def add_graphs(work: Path, names: Sequence[str], model: OptimizedModel) -> None:
+    """Say in the manifest of a folder just written that it has these graphs too, and runs by them.
+
+    What `foveate.runner` must know of prompts stands beside them, so that it need not understand configurations.
+    """
+    about, text = model.program.info, model.config.get_text_config()
     manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
     manifest["backend"] = "onnx"
-    manifest["files"] |= {name: _sha256(work / name) for name in names}
+    manifest["prompts"] = {
+        "image_token_id": about.image_token_id,
+        "tokens_per_image": about.tokens_per_image,
+        "columns": about.grid[1],
+        "vocabulary": len(model.program.weights.get(about.paths["embed"])),
+        "longest": text.max_position_embeddings,
+    }
+    manifest["files"] |= {name: sha256(work / name) for name in names}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -141,23 +146,23 @@ def load(folder: Path, backend: str | None, device: str) -> OptimizedModel:
     that were written.
     """
     manifest = read_manifest(folder)
-    with _reading(folder / "config.json"):
+    with reading(folder / "config.json"):
         config = _config(folder)
         info = FAMILIES[config.model_type].describe(config)
         check_runs(config.model_type)
-    with _reading(folder / "generation_config.json"):
+    with reading(folder / "generation_config.json"):
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     backend = backend or manifest.get("backend", "eager")
     packaged = backend == "onnx" and "decoder_prefill.onnx" in manifest["files"]
-    with _reading(folder / "model.safetensors"):
+    with reading(folder / "model.safetensors"):
         weights = _weights(folder, manifest["parameters"], device, copy=not packaged)
         table = weights.get(info.paths["embed"])
         if table.dim() != 2 or table.shape[1] != info.hidden_size or not table.is_floating_point():
             raise ValueError(f"the token embedding is {table.dtype} {tuple(table.shape)}")
-    with _reading(folder / MANIFEST):
+    with reading(folder / MANIFEST):
         records = [PassRecord(**_record(record)) for record in manifest["passes"]]
     program = Program(info, weights, Symbols(), passes=records)
-    with _reading(folder / "program.txt"):
+    with reading(folder / "program.txt"):
         program.graphs = parse_graphs(program, (folder / "program.txt").read_text(encoding="utf-8"))
         if set(program.graphs) - {"vision_rest"} != {"vision", "prefill"}:
             raise ValueError("it must hold the graphs vision and prefill, and may hold vision_rest")
@@ -166,43 +171,6 @@ def load(folder: Path, backend: str | None, device: str) -> OptimizedModel:
         verify(program)
     lowered = partial(open_package, program, folder) if packaged else None
     return OptimizedModel(program, config, generation, backend, lowered)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while a file is read is that file's fault: one ArtifactError that names it."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, (FoveateError, ValueError)) else f"{type(error).__name__}: "
-        text = str(error).strip().splitlines() or ["no reason given"]
-        raise ArtifactError(f"{path} is damaged: {kind}{text[0]}") from None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a saved program, after every file's hash has been checked."""
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder")
-    path = folder / MANIFEST
-    if not path.is_file() or path.is_symlink():
-        raise ArtifactError(f"{folder} was not saved by foveate: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise ArtifactError(f"{path} has format {found!r}; this foveate reads format {FORMAT}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not set(FILES) <= set(files) <= {*FILES, *GRAPHS}:
-        raise ArtifactError(f"{path} must list these files: {', '.join(FILES)}, and no others but exported graphs")
-    for name in (each for each in (*FILES, *GRAPHS) if each in files):
-        # Only these names are opened, so a manifest cannot point outside its folder.
-        if not (folder / name).is_file() or (folder / name).is_symlink():
-            raise ArtifactError(f"{folder}/{name} is missing")
-        if _sha256(folder / name) != files[name]:
-            raise ArtifactError(f"{folder}/{name} is not the file that was saved: its sha256 does not match {MANIFEST}")
-    return manifest
 
 
 def _config(folder: Path) -> Any:
@@ -238,8 +206,3 @@ def _weights(folder: Path, parameters: list[str], device: str, copy: bool) -> We
     if not weights.names:
         raise ValueError("it holds no weights")
     return weights
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

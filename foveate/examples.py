@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from foveate.clip import questions_for
 from foveate.errors import InputError
 
 TAKEN = ("input_ids", "attention_mask", "pixel_values")
@@ -100,6 +99,8 @@ def batch_inputs(
         raise InputError(
             f"{examples[row].where}: the prompt is {length} tokens long{grown}, this model takes {longest}"
         )
+    from foveate.clip import questions_for  # which needs torch, as opening images does not
+
     asked = [example.question or example.prompt for example in examples for _ in example.images]
     return {**model_inputs(model, made), **questions_for(model, asked)}
 

@@ -115,7 +115,7 @@ def export(
         ) from None
     with artifact.new_folder(folder) as work:
         artifact.write_model(model, work)
-        artifact.add_graphs(work, write_graphs(model.program, work))
+        artifact.add_graphs(work, write_graphs(model.program, work), model)
         parity = check(model, work) if verify else None
         if parity is not None and not parity.ok:
             raise ParityError(f"the exported graphs do not agree with torch, so nothing was written: {parity}")

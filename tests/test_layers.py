@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "foveate"
 
 # What each part may import from foveate, besides itself.
-BASE = {"errors", "files", "ops", "neighborhood"}
+BASE = {"errors", "files", "manifest", "ops", "neighborhood"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "manifest": {"errors"},
     "ops": set(),
     "neighborhood": set(),
     "ir": BASE,
@@ -21,6 +22,7 @@ ALLOWED = {
     "models": BASE | {"ir"},
     "passes": BASE | {"ir", "kernels"},
     "backends": BASE | {"ir", "kernels"},
+    "runner": {"errors", "manifest", "backends"},
     "cache": BASE,
     "streams": BASE | {"ir"},
     "labels": BASE | {"streams"},
@@ -42,6 +44,7 @@ EVERYTHING = {
     "evaluate",
     "examples",
     "learn",
+    "loading",
     "lmms",
     "machine",
     "package",

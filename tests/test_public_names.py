@@ -36,7 +36,7 @@ def test_signatures():
         "backend",
         "traced",
     ]
-    assert list(inspect.signature(foveate.load).parameters) == ["path", "backend", "device"]
+    assert list(inspect.signature(foveate.load).parameters) == ["path", "backend", "device", "tensors"]
     assert list(inspect.signature(foveate.trace).parameters) == ["model"]
 
 

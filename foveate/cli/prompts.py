@@ -37,11 +37,27 @@ def encode(model: Any, processor: Any, prompt: str, images: Sequence[Image], new
     from foveate.examples import model_inputs
 
     inputs = dict(processor(text=[prompt], images=list(images) or None, return_tensors="pt"))
-    length = inputs["input_ids"].shape[1]
-    longest = model.config.get_text_config().max_position_embeddings
+    check_length(inputs["input_ids"].shape[1], new_tokens, model.config.get_text_config().max_position_embeddings)
+    return model_inputs(model, inputs)
+
+
+def check_length(length: int, new_tokens: int, longest: int) -> None:
+    """UseError where a prompt and the longest answer are more tokens than a model takes."""
     if length + new_tokens > longest:
         raise UseError(
             f"the prompt is {length} tokens long and may grow by {new_tokens} (--max-new-tokens); "
             f"this model takes {longest} in all"
         )
-    return model_inputs(model, inputs)
+
+
+def told(
+    processor: Any, input_ids: Any, answer: Sequence[Any], image_token: int, kept: dict[int, list[list[int]]]
+) -> dict[str, Any]:
+    """What `foveate run` tells of one prompt [1, S] and the tokens of its answer; kept: by layer, for each row."""
+    return {
+        "answer": processor.decode(answer, skip_special_tokens=True).strip(),
+        "new_tokens": len(answer),
+        "prompt_tokens": input_ids.shape[1],
+        "visual_tokens": int((input_ids == image_token).sum()),
+        "kept": {str(layer): places[0] for layer, places in kept.items()} if kept else None,
+    }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from importlib.util import find_spec
 
 
 def hush() -> None:
@@ -18,3 +20,13 @@ def hush() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("torch._inductor", "torch._dynamo", "huggingface_hub", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def spare_torch() -> None:
+    """Let transformers do without torch, which it imports wherever it is installed and which takes seconds.
+
+    For a process that needs no more of transformers than a processor: nothing in it can import torch afterwards. Left
+    out where torch is there already, or where torchvision is: without it a processor may make other pixels.
+    """
+    if "torch" not in sys.modules and find_spec("torchvision") is None:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # how Python itself marks what cannot be imported

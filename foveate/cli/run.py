@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from foveate.cli.options import json_option, own_backend_option
-from foveate.cli.output import talking
+from foveate.cli.output import Out, talking
 
 
 @click.command("run")
@@ -37,39 +37,62 @@ def command(
 
     DIR is a folder made by `foveate optimize` or `foveate export`, or any MODEL.
     """
+    from foveate.cli import packaged
     from foveate.cli.folders import check_file
-    from foveate.cli.pictures import draw_curve, draw_kept
-    from foveate.cli.prompts import encode, full_prompt
-    from foveate.clip import questions_for
     from foveate.examples import open_image
-    from foveate.report.plot import check_matplotlib
 
     with talking(as_json) as out:
         kept_file, curve_file = (None if name is None else check_file(name, ".png") for name in (kept, curve))
         if curve_file is not None:
+            from foveate.report.plot import check_matplotlib
+
             check_matplotlib()
         pictures = [open_image(Path(name).expanduser()) for name in images]
-        processor, get_model = _find(model, passes, backend)
-        text = full_prompt(processor, prompt, len(pictures))
-        optimized = get_model()
-        inputs = encode(optimized, processor, text, pictures, max_new_tokens)
-        inputs |= questions_for(optimized, [prompt] * len(pictures))
-        curves = None if curve_file is None else draw_curve(optimized, inputs, curve_file)
-        answer = _generate(optimized, processor, inputs, max_new_tokens)
-        if kept_file is not None:
-            draw_kept(optimized, processor, inputs, answer["kept"], kept_file)
-        out.line(answer["answer"])
-        for layer, places in (answer["kept"] or {}).items():
-            out.note(f"before layer {layer}: {len(places)} of {answer['visual_tokens']} visual tokens stay")
-        out.finish(
-            {
-                **answer,
-                "prompt": text,
-                "passes": [r.text for r in optimized.program.passes],
-                "backend": optimized.backend,
-                **({} if curves is None else {"curves": curves}),
-            }
-        )
+        drawn = passes or kept_file or curve_file
+        quick = packaged.open_quickly(model, backend, bool(images)) if not drawn else None
+        if quick is not None:
+            answer = packaged.ask(quick, model, prompt, pictures, max_new_tokens)
+        else:
+            found = _find(model, passes, backend)
+            answer = _ask(*found, prompt, pictures, max_new_tokens, kept_file, curve_file)
+        _tell(out, answer)
+
+
+def _tell(out: Out, answer: dict[str, Any]) -> None:
+    out.line(answer["answer"])
+    for layer, places in (answer["kept"] or {}).items():
+        out.note(f"before layer {layer}: {len(places)} of {answer['visual_tokens']} visual tokens stay")
+    out.finish(answer)
+
+
+def _ask(
+    processor: Any,
+    get_model: Callable[[], Any],
+    prompt: str,
+    pictures: list[Any],
+    max_new_tokens: int,
+    kept_file: Path | None,
+    curve_file: Path | None,
+) -> dict[str, Any]:
+    from foveate.cli.pictures import draw_curve, draw_kept
+    from foveate.cli.prompts import encode, full_prompt
+    from foveate.clip import questions_for
+
+    text = full_prompt(processor, prompt, len(pictures))
+    optimized = get_model()
+    inputs = encode(optimized, processor, text, pictures, max_new_tokens)
+    inputs |= questions_for(optimized, [prompt] * len(pictures))
+    curves = None if curve_file is None else draw_curve(optimized, inputs, curve_file)
+    answer = _generate(optimized, processor, inputs, max_new_tokens)
+    if kept_file is not None:
+        draw_kept(optimized, processor, inputs, answer["kept"], kept_file)
+    return {
+        **answer,
+        "prompt": text,
+        "passes": [r.text for r in optimized.program.passes],
+        "backend": optimized.backend,
+        **({} if curves is None else {"curves": curves}),
+    }
 
 
 def _find(model: str, passes: str | None, backend: str | None) -> tuple[Any, Callable[[], Any]]:
@@ -92,16 +115,11 @@ def _find(model: str, passes: str | None, backend: str | None) -> tuple[Any, Cal
 def _generate(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
     import torch
 
+    from foveate.cli.prompts import told
     from foveate.report.kept import kept_places
 
     with torch.inference_mode():
         kept = kept_places(model, inputs)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = ids[0, inputs["input_ids"].shape[1] :]
-    return {
-        "answer": processor.decode(new, skip_special_tokens=True).strip(),
-        "new_tokens": len(new),
-        "prompt_tokens": inputs["input_ids"].shape[1],
-        "visual_tokens": int((inputs["input_ids"] == model.program.info.image_token_id).sum()),
-        "kept": {str(layer): places[0] for layer, places in kept.items()} if kept else None,
-    }
+    prompt = inputs["input_ids"]
+    return told(processor, prompt, ids[0, prompt.shape[1] :], model.program.info.image_token_id, kept)

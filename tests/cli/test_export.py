@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from foveate import package
+from foveate.cli import packaged
+from foveate.errors import BackendError
 from tests.cli.conftest import Run, said_in
 
 
@@ -61,3 +66,66 @@ def test_a_package_that_disagrees_is_a_failed_gate(
     assert result.exit_code == 1
     assert "do not agree with torch" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_package_is_asked_quickly_with_the_same_words(
+    run: Run, exported: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    ask = packaged.ask
+    monkeypatch.setattr(packaged, "ask", lambda *given: asked.append(given[0]) or ask(*given))
+    prompts = (("--image", image, "--prompt", "read row 2 ."), ("--prompt", "how many ?"))
+    quick = [json.loads(run("run", exported, *prompt, "--json").stdout) for prompt in prompts]
+    assert len(asked) == 2
+    monkeypatch.setattr(packaged, "open_quickly", lambda *given: None)
+    assert quick == [json.loads(run("run", exported, *prompt, "--json").stdout) for prompt in prompts]
+    assert len(asked) == 2
+
+
+def test_what_is_not_asked_quickly(exported: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packaged.open_quickly(str(exported), "onnx", True) is not None
+    for name, backend in ((str(exported), "eager"), (str(saved), None), ("digits", None)):
+        assert packaged.open_quickly(name, backend, True) is None
+
+    def refuse(*given: object) -> None:
+        raise BackendError("steps that evict keys")
+
+    monkeypatch.setattr("foveate.runner.open_package", refuse)
+    assert packaged.open_quickly(str(exported), None, True) is None
+
+
+def test_what_the_ordinary_way_draws_is_drawn_of_a_package_too(
+    run: Run, exported: Path, image: Path, tmp_path: Path
+) -> None:
+    drawn = tmp_path / "kept.png"
+    result = run("run", exported, "--image", image, "--prompt", "read row 2 .", "--kept", drawn)
+    assert result.exit_code == 0, result.stderr
+    assert drawn.is_file()
+
+
+def test_wrong_questions_are_one_line_each(run: Run, exported: Path, image: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    (copy / "decoder_step.onnx").write_bytes(b"other")
+    for args, text in (
+        ((exported, "--image", image, "--prompt", "<image> <image> 3"), "the prompt holds 2 <image> and 1 image was"),
+        ((exported, "--prompt", "3 " * 1000), "this model takes 1024 in all"),
+        ((copy, "--prompt", "3"), "decoder_step.onnx is not the file that was saved"),
+    ):
+        result = run("run", *args)
+        assert (result.exit_code, result.stdout) == (2, "")
+        (line,) = said_in(result)
+        assert text in line
+
+
+@pytest.mark.slow
+def test_a_package_is_asked_without_torch(exported: Path, image: Path) -> None:
+    code = (
+        "import sys\nfrom foveate.cli.main import cli\ntry: cli(sys.argv[1:])\nfinally: print(sys.modules.get('torch'))"
+    )
+    args = ["run", str(exported), "--image", str(image), "--prompt", "read row 2 ."]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert last == "None"
+    assert done.stderr.startswith("before layer 1: 72 of 144 visual tokens stay")

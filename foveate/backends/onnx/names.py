@@ -17,13 +17,9 @@ from torch import fx
 
 from foveate.ir.program import outputs
 from foveate.ir.text import size_text
+from foveate.manifest import GRAPHS
 
-FILES = {
-    "vision": "vision_encoder.onnx",
-    "vision_rest": "vision_rest.onnx",
-    "prefill": "decoder_prefill.onnx",
-    "decode": "decoder_step.onnx",
-}
+FILES = {name: file for name, file in GRAPHS.items() if name != "embed"}
 """Graph of a program -> its file in a package."""
 
 _INPUTS = {

@@ -14,8 +14,9 @@ from foveate.backends.onnx.graphs import WEIGHTS, build, embed_tokens
 from foveate.backends.onnx.names import FILES
 from foveate.errors import BackendError
 from foveate.ir.program import Program
+from foveate.manifest import GRAPHS
 
-EMBED = "embed_tokens.onnx"
+EMBED = GRAPHS["embed"]
 
 
 def write_graphs(program: Program, folder: Path) -> list[str]:

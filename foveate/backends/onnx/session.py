@@ -1,4 +1,4 @@
-"""Runs an exported graph on ONNX Runtime, from a package's file or from memory."""
+"""Runs an exported graph on ONNX Runtime for torch tensors, from a package's file or from memory."""
 
 from __future__ import annotations
 
@@ -11,52 +11,26 @@ import torch
 from torch import Tensor, fx
 
 from foveate.backends.base import Inputs, Runner
+from foveate.backends.onnx import runtime
 from foveate.backends.onnx.names import input_name, rebuilt
-from foveate.errors import ArtifactError, BackendError
-
-PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
-"""In the order in which they are wanted, where they are installed."""
-
-
-def runtime() -> Any:
-    """The onnxruntime package; BackendError where it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise BackendError(
-            "the onnx backend needs ONNX Runtime: pip install onnxruntime (or onnxruntime-gpu for CUDA)"
-        ) from None
-    return onnxruntime
-
-
-def options() -> Any:
-    """Session options: as many threads as torch has, which do not spin beside it."""
-    chosen = runtime().SessionOptions()
-    chosen.intra_op_num_threads = torch.get_num_threads()
-    chosen.log_severity_level = 3
-    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return chosen
+from foveate.errors import BackendError
 
 
 def open_file(path: Path) -> Any:
-    """A session of a package's graph; ArtifactError where ONNX Runtime does not take it."""
-    ort = runtime()
-    try:
-        return ort.InferenceSession(path, options(), providers=_providers())
-    except Exception as error:  # whatever ONNX Runtime raises on a damaged file
-        raise ArtifactError(f"{path} cannot be opened by ONNX Runtime: {_first_line(error)}") from None
+    """A session of a package's graph, with as many threads as torch has; see `foveate.backends.onnx.runtime`."""
+    return runtime.open_file(path, torch.get_num_threads())
 
 
 def open_memory(model: Any, weights: Mapping[str, Tensor]) -> Any:
     """A session of a model whose external weights are given, by initializer, and not copied."""
-    ort = runtime()
-    chosen = options()
+    ort = runtime.installed()
+    chosen = runtime.options(torch.get_num_threads())
     values = [ort.OrtValue.ortvalue_from_numpy(value.detach().cpu().numpy()) for value in weights.values()]
     chosen.add_external_initializers(list(weights), values)
     try:
-        return ort.InferenceSession(model.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model.SerializeToString(), chosen, providers=[runtime.CPU])
     except Exception as error:
-        raise BackendError(f"ONNX Runtime does not take this graph: {_first_line(error)}") from None
+        raise BackendError(f"ONNX Runtime does not take this graph: {runtime.first_line(error)}") from None
 
 
 Seen = dict[str, tuple[dict[str, Any], dict[str, Any]]]
@@ -86,13 +60,3 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
     assert isinstance(value, Tensor)  # numbers are no inputs of ONNX graphs
     array: np.ndarray[Any, Any] = value.detach().cpu().contiguous().numpy()
     return array
-
-
-def _providers() -> list[str]:
-    there = runtime().get_available_providers()
-    return [name for name in PROVIDERS if name in there]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

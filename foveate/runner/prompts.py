@@ -1,0 +1,175 @@
+"""From what a processor returns to the two streams that a package's graphs take: `foveate.streams`, in numpy.
+
+Visual tokens of a row stand at the left of their stream, text tokens at the right of theirs; what is left over is
+padding. The ONNX graphs need no more of it than this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from foveate.errors import InputError
+
+Array = np.ndarray[Any, Any]
+
+PAD = int(np.iinfo(np.int64).max)
+"""The order of padding: `foveate.ops.PAD`."""
+
+NOWHERE = -(2**11)
+"""Row and column of a visual token that has no place in its image: `foveate.streams.NOWHERE`."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a package's manifest says of its prompts.
+
+    vocabulary: tokens that there are. longest: tokens of a prompt with its answer. columns: of an image's grid.
+    """
+
+    image_token_id: int
+    tokens_per_image: int
+    columns: int
+    vocabulary: int
+    longest: int
+
+    @classmethod
+    def of(cls, told: Any) -> Vocabulary:
+        """From the manifest's entry; ValueError where that is none."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(told, dict) or any(type(told.get(name)) is not int or told[name] < 0 for name in names):
+            raise ValueError(f"prompts must have these numbers: {', '.join(names)}")
+        if not told["tokens_per_image"] or not told["columns"]:
+            raise ValueError("prompts must have images of at least one token")
+        return cls(**{name: told[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of a batch: places in the prompt int64 [B, n] (0 in padding), the same with `PAD`, and positions."""
+
+    index: Array
+    order: Array
+    position_ids: Array
+
+
+@dataclass(frozen=True)
+class Images:
+    """The visual tokens of a batch's images: features [I, k, D], and where they come from (see `streams.Images`)."""
+
+    features: Array
+    source: Array | None = None
+    count: Array | None = None
+
+    @property
+    def width(self) -> int:
+        """Tokens that an image has room for."""
+        return int(self.features.shape[1])
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A batch of prompts, taken apart; see `foveate.streams.Streams`."""
+
+    visual: Stream
+    text: Stream
+    image: Array
+    feature: Array
+    origin: Array
+    next_position: Array
+    coords: Array
+
+    def placed(self, order: Array) -> Array:
+        """The places in the prompt that tokens [B, ..., k] stand for, `PAD` for none."""
+        spare = order == PAD
+        flat = np.where(spare, 0, order).reshape(len(order), -1)
+        found = np.where(_take(self.image, flat), _take(self.origin, flat), flat)
+        return np.where(spare, PAD, found.reshape(order.shape))
+
+
+def arrange(
+    about: Vocabulary,
+    input_ids: Array,
+    attention_mask: Array | None,
+    position_ids: Array | None,
+    images: Images | None,
+) -> Streams:
+    """Take a batch of prompts [B, S] apart.
+
+    Images that became fewer tokens than they have in the prompt fill the first of their places; the others are hidden
+    like padding. A prompt that ends in an image keeps its last visual token with the text, because its row gives the
+    logits. Raises InputError where masks, shapes or the number of images do not fit the prompts.
+    """
+    _check(about, input_ids, attention_mask, position_ids, 0 if images is None else len(images.features))
+    real = np.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask.astype(bool)
+    image = input_ids == about.image_token_id
+    count = np.maximum(np.cumsum(image) - 1, 0).reshape(image.shape)
+    number, within = count // about.tokens_per_image, count % about.tokens_per_image
+    if images is not None and (images.source is not None or images.count is not None):
+        kept = np.full(len(images.features), images.width) if images.count is None else images.count
+        gone = image & (within >= kept[number])
+        if position_ids is not None:
+            position_ids = position_ids - np.cumsum(gone & real, 1)
+        real = real & ~gone
+    if not real.any(1).all():
+        row = int(real.any(1).argmin())
+        raise InputError(f"row {row} of attention_mask is all zero: that prompt has no token to continue from")
+    places = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
+    last = np.where(real, places, -1).max(1, keepdims=True)
+    visual = image & real & (places != last)
+    if position_ids is None:
+        position_ids = np.maximum(np.cumsum(real, 1) - 1, 0)
+    position_ids = np.broadcast_to(position_ids, input_ids.shape)
+    left = _stream(visual, position_ids, places, right=False)
+    right = _stream(real & ~visual, position_ids, places, right=True)
+    feature, source = within, within
+    if images is not None and images.width:
+        feature = number * images.width + np.minimum(within, images.width - 1)
+        source = within if images.source is None else images.source.reshape(-1)[feature]
+    origin = np.where(source < 0, PAD, places - within + source)
+    coords = _coords(about, _take(number, left.index), _take(source, left.index), left.order)
+    return Streams(left, right, image, feature, origin, _take(position_ids, last) + 1, coords)
+
+
+def _stream(member: Array, position_ids: Array, places: Array, right: bool) -> Stream:
+    """The members of each row in order, pushed to one side."""
+    width = int(member.sum(1).max())
+    index = (member if right else ~member).argsort(axis=1, kind="stable")
+    index = index[:, index.shape[1] - width :] if right else index[:, :width]
+    valid = _take(member, index)
+    index = np.where(valid, index, 0)
+    order = np.where(valid, _take(places, index), PAD)
+    return Stream(index, order, np.where(valid, _take(position_ids, index), 0))
+
+
+def _coords(about: Vocabulary, image: Array, source: Array, order: Array) -> Array:
+    """Image, row and column int64 [B, n, 3] of visual tokens, from their places on the grid; -1 in padding."""
+    coords = np.stack([image, source // about.columns, source % about.columns], 2)
+    coords[..., 1:][source < 0] = NOWHERE
+    return np.where((order == PAD)[..., None], -1, coords)
+
+
+def _take(values: Array, index: Array) -> Array:
+    return np.take_along_axis(values, index, 1)
+
+
+def _check(
+    about: Vocabulary, input_ids: Array, attention_mask: Array | None, position_ids: Array | None, images: int
+) -> None:
+    if input_ids.ndim != 2 or not input_ids.size:
+        raise InputError(f"input_ids has shape {input_ids.shape}; give [batch, sequence] with at least one token")
+    batch, length = input_ids.shape
+    for name, value, allowed in (
+        ("attention_mask", attention_mask, {(batch, length)}),
+        ("position_ids", position_ids, {(batch, length), (1, length)}),
+    ):
+        if value is not None and value.shape not in allowed:
+            raise InputError(f"{name} has shape {value.shape}; input_ids has {input_ids.shape}")
+    tokens, expected = int((input_ids == about.image_token_id).sum()), images * about.tokens_per_image
+    if tokens != expected:
+        raise InputError(
+            f"the prompts hold {tokens} image tokens, and {images} image{'s' * (images != 1)} of "
+            f"{about.tokens_per_image} tokens make {expected}: give one <image> in the text for each image"
+        )
