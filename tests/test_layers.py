@@ -45,6 +45,7 @@ EVERYTHING = {
     "lmms",
     "machine",
     "package",
+    "serving",
     "train",
 } | {"__init__"}
 
