@@ -115,7 +115,7 @@ class Answers:
     def around(self, question: str, images: int) -> str:
         """The whole prompt, by the chat template; as it is where it places its images itself."""
         mark = self.processor.image_token
-        if mark not in question:
+        if mark not in question and self.processor.chat_template:
             parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
             message = {"role": "user", "content": parts}
             return str(self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))

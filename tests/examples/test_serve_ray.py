@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -93,7 +92,7 @@ def client(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 time.sleep(0.5)
         yield found
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:

@@ -138,6 +138,13 @@ def test_files_are_those_that_were_written(copy: Path, damage: str) -> None:
         check(copy)
 
 
+def test_the_folder_itself_is_no_link(copy: Path, tmp_path: Path) -> None:
+    (copy / "serving").rename(tmp_path / "elsewhere")
+    (copy / "serving").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="serving is a link"):
+        check(copy)
+
+
 def test_a_package_without_a_repository_says_so(model: OptimizedModel, tmp_path: Path) -> None:
     foveate.export(model, output=tmp_path / "out", verify=False)
     with pytest.raises(ArtifactError, match="export it with --serving triton"):

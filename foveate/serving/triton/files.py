@@ -39,7 +39,8 @@ def check_files(package: Path) -> None:
     listed = read_manifest(package).get(KEY)
     if not isinstance(listed, dict):
         raise ArtifactError(f"{package} has no Triton repository: export it with --serving triton")
-    for path in sorted((package / FOLDER).rglob("*")):
+    root = package / FOLDER
+    for path in (root.parent, root, *sorted(root.rglob("*"))):
         if path.is_symlink():
             raise ArtifactError(f"{path} is a link; it must be a file")
         if path.is_file() and path.relative_to(package).as_posix() not in listed:
