@@ -6,6 +6,7 @@
           decoder_prefill.onnx  visual_embeds, text_embeds, ... -> logits, keep.{layer}, present.{i}.*, visual.{i}.*
           decoder_step.onnx     inputs_embeds, past_key_values.{i}.*, visual.{i}.*, ... -> logits, new.{i}.*
           and, for TensorRT, what `foveate.backends.tensorrt.prepare` writes
+          serving/triton/, where it is asked for: see `foveate.serving.triton.repository`
 
 The folder is written under a temporary name, checked by running it, and renamed: it is there whole or not at all.
 """
@@ -78,6 +79,7 @@ class Exported:
     """What was written: folder, backend, bytes by file, and what checking it found (None where it was not checked).
 
     tensorrt: how far TensorRT got, where that was the backend (`foveate.backends.tensorrt.prepare.Status`).
+    serving: what was written for a server, whose files are not in `bytes` (`foveate.serving.triton.Repository`).
     """
 
     folder: Path
@@ -85,28 +87,37 @@ class Exported:
     bytes: dict[str, int]
     parity: Parity | None
     tensorrt: Any = None
+    serving: Any = None
 
     def __str__(self) -> str:
         total, weights = sum(self.bytes.values()), self.bytes["model.safetensors"]
         lines = [f"{self.folder}: {total / 2**20:.1f} MiB, {total / weights:.3f} times its weights"]
         lines.append(str(self.parity or "not checked against eager"))
-        return "\n".join([*lines, *([] if self.tensorrt is None else [str(self.tensorrt)])])
+        return "\n".join([*lines, *(str(each) for each in (self.tensorrt, self.serving) if each is not None)])
 
     def to_json(self) -> dict[str, Any]:
         """As the command prints it."""
         parity = None if self.parity is None else {**asdict(self.parity), "ok": self.parity.ok}
         found = {"folder": str(self.folder), "backend": self.backend, "bytes": self.bytes, "parity": parity}
-        return found if self.tensorrt is None else {**found, "tensorrt": asdict(self.tensorrt)}
+        more = {"tensorrt": self.tensorrt, "serving": self.serving}
+        return found | {name: asdict(each) for name, each in more.items() if each is not None}
 
 
 def export(
-    model: OptimizedModel, backend: str, folder: Path, verify: bool = True, sizes: Mapping[str, Range] | None = None
+    model: OptimizedModel,
+    backend: str,
+    folder: Path,
+    verify: bool = True,
+    sizes: Mapping[str, Range] | None = None,
+    serving: str | None = None,
 ) -> Exported:
     """See `foveate.export`."""
     if backend not in ("onnx", "tensorrt"):
         raise BackendError(f"foveate exports to onnx and tensorrt, not to {backend!r}")
     if sizes and backend != "tensorrt":
         raise BackendError("sizes are those of TensorRT's profiles; graphs for ONNX Runtime take any")
+    if serving is not None and (serving, backend) != ("triton", "onnx"):
+        raise BackendError(f"for serving there is triton, over the backend onnx; not {serving} over {backend}")
     try:
         from foveate.backends.onnx.package import write_graphs
     except ImportError:
@@ -122,7 +133,11 @@ def export(
         exported = Exported(folder, backend, {}, parity)
         if backend == "tensorrt":
             exported = replace(exported, tensorrt=prepare_tensorrt(model, work, sizes or {}))
-        files = [path for path in sorted(work.rglob("*")) if path.is_file()]
+        if serving is not None:
+            from foveate.serving.triton import write
+
+            exported = replace(exported, serving=write(model, work))
+        files = [path for path in sorted(work.rglob("*")) if path.is_file() and work / "serving" not in path.parents]
         sizes_of = {str(path.relative_to(work)): path.stat().st_size for path in files}
     return replace(exported, bytes=sizes_of)
 

@@ -48,6 +48,7 @@ EVERYTHING = {
     "lmms",
     "machine",
     "package",
+    "serving",
     "train",
 } | {"__init__"}
 

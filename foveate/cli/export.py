@@ -24,6 +24,7 @@ from foveate.cli.output import talking
     metavar="AXIS=LEAST:LIKELY:MOST",
     help="TensorRT: sizes to build for, such as batch=1:1:4; repeat it for several axes.",
 )
+@click.option("--serving", type=click.Choice(["triton"]), help="Write what this server needs to run OUT, too.")
 @click.option("--no-verify", is_flag=True, help="Do not run it beside torch before it is kept.")
 @size_options
 @json_option
@@ -33,6 +34,7 @@ def command(
     backend: str,
     folder: str,
     spans: tuple[str, ...],
+    serving: str | None,
     no_verify: bool,
     as_json: bool,
     **options: Any,
@@ -40,6 +42,7 @@ def command(
     """Export a model, with its passes inside the graphs, for ONNX Runtime; exit code 1 if it disagrees with torch.
 
     For TensorRT the same graphs are linted and a build is prepared; it is run where TensorRT is installed.
+    For Triton Inference Server the graphs become a model repository, OUT/serving/triton.
 
     MODEL_OR_DIR is a folder made by `foveate optimize`, or any MODEL. Ask OUT with `foveate run` or `foveate.load`.
     """
@@ -55,7 +58,7 @@ def command(
 
         out.tick("exporting", 1, 2)
         try:
-            exported = export(optimized, backend, output=part, verify=not no_verify, sizes=sizes)
+            exported = export(optimized, backend, output=part, verify=not no_verify, sizes=sizes, serving=serving)
         except ParityError as error:
             click.echo(f"error: {error}", err=True)
             raise click.exceptions.Exit(1) from None

@@ -44,6 +44,15 @@ def test_a_saved_folder_is_exported_without_passes(run: Run, saved: Path, tmp_pa
     assert again.exit_code == 2 and "leave --passes out" in again.stderr
 
 
+def test_a_repository_for_triton_comes_with_the_package(run: Run, saved: Path, tmp_path: Path) -> None:
+    result = run("export", saved, "-o", tmp_path / "out", "--no-verify", "--serving", "triton", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["serving"]["folder"] == "serving/triton"
+    assert (tmp_path / "out" / "serving" / "triton" / "foveate" / "config.pbtxt").is_file()
+    other = run("export", saved, "-o", tmp_path / "other", "--backend", "tensorrt", "--serving", "triton")
+    assert other.exit_code == 2 and "over the backend onnx" in said_in(other)[-1]
+
+
 def test_refusals_are_one_line_and_leave_nothing(run: Run, folder: Path, exported: Path, tmp_path: Path) -> None:
     for args, text in (
         (("export", folder, "-o", exported), "exists already"),
