@@ -125,18 +125,23 @@ def add_graphs(work: Path, names: Sequence[str], model: OptimizedModel) -> None:
 
     What `foveate.runner` must know of prompts stands beside them, so that it need not understand configurations.
     """
-    about, text = model.program.info, model.config.get_text_config()
     manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
     manifest["backend"] = "onnx"
-    manifest["prompts"] = {
+    manifest["prompts"] = prompts_of(model)
+    manifest["files"] |= {name: sha256(work / name) for name in names}
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def prompts_of(model: OptimizedModel) -> dict[str, int]:
+    """What whoever runs a model's graphs must know of prompts: see `foveate.runner.prompts.Vocabulary`."""
+    about = model.program.info
+    return {
         "image_token_id": about.image_token_id,
         "tokens_per_image": about.tokens_per_image,
         "columns": about.grid[1],
         "vocabulary": len(model.program.weights.get(about.paths["embed"])),
-        "longest": text.max_position_embeddings,
+        "longest": model.config.get_text_config().max_position_embeddings,
     }
-    manifest["files"] |= {name: sha256(work / name) for name in names}
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path, backend: str | None, device: str) -> OptimizedModel:

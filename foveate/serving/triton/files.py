@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from foveate.artifact import MANIFEST, read_manifest
 from foveate.errors import ArtifactError
+from foveate.manifest import MANIFEST, read_manifest, sha256
 
 FOLDER = "serving/triton"
 KEY = "serving"
@@ -46,10 +45,10 @@ def check_files(package: Path) -> None:
         if path.is_file() and path.relative_to(package).as_posix() not in listed:
             raise ArtifactError(f"{path} is not in {MANIFEST}, and Triton might load it: remove it")
     found = _hashes(package)
-    for name, sha256 in listed.items():
+    for name, expected in listed.items():
         if name not in found:
             raise ArtifactError(f"{package}/{name} is missing")
-        if found[name] != sha256:
+        if found[name] != expected:
             raise ArtifactError(f"{package}/{name} is not the file that was written: its sha256 is not {MANIFEST}'s")
 
 
@@ -61,7 +60,6 @@ def _hashes(package: Path) -> dict[str, str]:
         about = path.stat()
         key = about.st_dev, about.st_ino
         if key not in known:
-            with path.open("rb") as file:
-                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            known[key] = sha256(path)
         found[path.relative_to(package).as_posix()] = known[key]
     return found

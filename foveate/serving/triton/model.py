@@ -197,7 +197,7 @@ def arrange(about: dict[str, Any], ids: Array, real: Array, images: Images | Non
         streams[f"{name}_order"] = np.where(valid, index, PAD)
         streams[f"{name}_position_ids"] = np.where(valid, np.take_along_axis(positions, index, 1), 0)
     of, place = (np.take_along_axis(each, streams["visual_index"], 1) for each in (number, source))
-    coords = np.stack([of, *np.divmod(place, about["grid_columns"])], 2)
+    coords = np.stack([of, *np.divmod(place, about["columns"])], 2)
     coords[..., 1:][place < 0] = NOWHERE
     coords[streams["visual_order"] == PAD] = -1
     streams["visual_coords"] = coords

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foveate.artifact import prompts_of
 from foveate.errors import BackendError
 from foveate.model import OptimizedModel
 from foveate.serving.triton.check import check
@@ -88,16 +89,12 @@ def write(model: OptimizedModel, package: Path) -> Repository:
 
 def facts(model: OptimizedModel) -> dict[str, Any]:
     """What the Python model must know of a model, apart from its graphs."""
-    info, generation = model.program.info, model.generation_config
+    generation = model.generation_config
     ends = generation.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
     pad = generation.pad_token_id
     return {
-        "image_token_id": info.image_token_id,
-        "tokens_per_image": info.tokens_per_image,
-        "grid_columns": info.grid[1],
-        "vocabulary": len(model.program.weights.get(info.paths["embed"])),
-        "longest": model.config.get_text_config().max_position_embeddings,
+        **prompts_of(model),
         "eos_token_ids": ends,
         "pad_token_id": pad if pad is not None else ends[0] if ends else 0,
     }
