@@ -36,9 +36,9 @@ def optimize(
     """A faster model with the same calling convention.
 
     passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager`,
-    `inductor` or `onnx`. calibration: statistics of the model, or the file that `foveate calibrate` made, for passes
-    that want them and have no `stats` of their own. traced: what `trace(model)` gave, so that several recipes can be
-    tried on one trace; it is not changed. The weights are shared with `model`, which is left as it was. Raises
+    `inductor`, `onnx` or `aoti`. calibration: statistics of the model, or the file that `foveate calibrate` made, for
+    passes that want them and have no `stats` of their own. traced: what `trace(model)` gave, so that several recipes
+    can be tried on one trace; it is not changed. The weights are shared with `model`, which is left as it was. Raises
     FoveateError subclasses.
     """
     family_of(model)
@@ -52,7 +52,7 @@ def optimize(
 def load(path: str | Path, backend: str | None = None, device: str = "cpu") -> OptimizedModel:
     """Load what `OptimizedModel.save_pretrained` or `export` wrote; ArtifactError for a damaged or foreign folder.
 
-    backend: what runs it; None for what it was written for: `eager`, or `onnx` where it was exported.
+    backend: what runs it; None for what it was written for: `eager`, or `onnx` or `aoti` where it was exported.
     """
     from foveate.artifact import load as load_artifact
 
@@ -69,8 +69,9 @@ def export(
 ) -> Exported:
     """Write an optimized model as a package for another runtime, into a new folder; see `foveate.package`.
 
-    backend: `onnx`, or `tensorrt`, which prepares a build as well and runs it where TensorRT is installed. verify: run
-    the package on random prompts and hold it to eager torch. sizes: least, likeliest and largest size of what
+    backend: `onnx`; `tensorrt`, which prepares a build as well and runs it where TensorRT is installed; `aoti`, which
+    compiles for this machine into the user's cache. verify: run the package on random prompts and
+    hold it to eager torch. sizes: least, likeliest and largest size of what
     TensorRT's profiles span, such as `{"batch": (1, 1, 4)}`. Raises BackendError for a backend or pass that
     cannot be exported, ParityError where the package does not agree, ArtifactError where it cannot be written.
     """
