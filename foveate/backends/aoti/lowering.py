@@ -1,6 +1,6 @@
 """The backend `aoti`: regions compiled once for this machine, then opened from the user's cache.
 
-Warm starts import no compiler: a region is found by its text, checked, and opened as a shared library.
+Warm starts need no compiler: a region is found by its text, checked, and opened as a shared library.
 """
 
 from __future__ import annotations
