@@ -37,9 +37,9 @@ def optimize(
     """A faster model with the same calling convention.
 
     passes: a list of passes, a pipeline as text, `recipe:NAME`, or the path of a YAML recipe. backend: `eager`,
-    `inductor` or `onnx`. calibration: statistics of the model, or the file that `foveate calibrate` made, for passes
-    that want them and have no `stats` of their own. traced: what `trace(model)` gave, so that several recipes can be
-    tried on one trace; it is not changed. The weights are shared with `model`, which is left as it was. Raises
+    `inductor`, `onnx` or `aoti`. calibration: statistics of the model, or the file that `foveate calibrate` made, for
+    passes that want them and have no `stats` of their own. traced: what `trace(model)` gave, so that several recipes
+    can be tried on one trace; it is not changed. The weights are shared with `model`, which is left as it was. Raises
     FoveateError subclasses.
     """
     family_of(model)
@@ -61,11 +61,13 @@ def export(
 ) -> Exported:
     """Write an optimized model as a package for another runtime, into a new folder; see `foveate.package`.
 
-    backend: `onnx`, or `tensorrt`, which prepares a build as well and runs it where TensorRT is installed. verify: run
-    the package on random prompts and hold it to eager torch. sizes: least, likeliest and largest size of what
-    TensorRT's profiles span, such as `{"batch": (1, 1, 4)}`. serving: `triton` to write a model repository for
-    Triton Inference Server too. Raises BackendError for a backend or pass that cannot be exported, ParityError where
-    the package does not agree, ArtifactError where it cannot be written.
+    backend: `onnx`; `tensorrt`, which prepares a build as well and runs it where TensorRT is installed; `aoti`, which
+    compiles for this machine into the user's cache. verify: run the package on random prompts and hold it to eager
+    torch. sizes: least, likeliest and largest size of what TensorRT's profiles span, such as `{"batch": (1, 1, 4)}`.
+    serving: `triton` to write a model repository for Triton Inference Server too.
+
+    Raises BackendError for a backend or pass that cannot be exported, ParityError where the package does not agree, and
+    ArtifactError where it cannot be written.
     """
     from foveate.package import export as export_model
 

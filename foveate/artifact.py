@@ -144,6 +144,13 @@ def prompts_of(model: OptimizedModel) -> dict[str, int]:
     }
 
 
+def mark_compiled(work: Path) -> None:
+    """Say in the manifest of a folder just written that it runs by code compiled for it, which lies in a cache."""
+    manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
+    manifest["backend"] = "aoti"
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
 def load(folder: Path, backend: str | None, device: str) -> OptimizedModel:
     """Read what `save` or `foveate.export` wrote; backend None: what it was written for.
 
@@ -175,6 +182,12 @@ def load(folder: Path, backend: str | None, device: str) -> OptimizedModel:
         program.graphs["decode"] = derive_decode(program)
         verify(program)
     lowered = partial(open_package, program, folder) if packaged else None
+    if backend == "aoti" == manifest.get("backend"):
+        from foveate.backends.aoti import open_saved
+
+        with reading(folder / MANIFEST):
+            version = str(manifest["versions"]["torch"])
+        lowered = partial(open_saved, program, folder, version)
     return OptimizedModel(program, config, generation, backend, lowered)
 
 

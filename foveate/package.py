@@ -8,12 +8,14 @@
           and, for TensorRT, what `foveate.backends.tensorrt.prepare` writes
           serving/triton/, where it is asked for: see `foveate.serving.triton.repository`
 
+For AOTInductor it is the saved folder alone: compiled code stays in the user's cache (`foveate.backends.aoti`).
+
 The folder is written under a temporary name, checked by running it, and renamed: it is there whole or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,19 @@ import torch
 from torch import Tensor
 
 from foveate import artifact
+from foveate.backends.base import Runner
 from foveate.backends.onnx.lowering import open_package
 from foveate.errors import BackendError, InputError, ParityError
 from foveate.ir.program import ModelInfo
 from foveate.model import OptimizedModel
 
+BACKENDS = ("onnx", "tensorrt", "aoti")
+
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest difference of logits, as a share of the largest logit."""
+
+Lowered = Callable[[], dict[str, Runner]]
+"""Gives a runner for each graph."""
 
 NEW_TOKENS = 8
 SEED = 0
@@ -78,8 +86,9 @@ SIZES: dict[str, Range] = {
 class Exported:
     """What was written: folder, backend, bytes by file, and what checking it found (None where it was not checked).
 
-    tensorrt: how far TensorRT got, where that was the backend (`foveate.backends.tensorrt.prepare.Status`).
-    serving: what was written for a server, whose files are not in `bytes` (`foveate.serving.triton.Repository`).
+    tensorrt: how far TensorRT got, where that was the backend (`foveate.backends.tensorrt.prepare.Status`). compiled:
+    what compiling took, where it was AOTInductor (`foveate.backends.aoti.Built`). serving: what was written for a
+    server, whose files are not in `bytes` (`foveate.serving.triton.Repository`).
     """
 
     folder: Path
@@ -87,20 +96,23 @@ class Exported:
     bytes: dict[str, int]
     parity: Parity | None
     tensorrt: Any = None
+    compiled: Any = None
     serving: Any = None
 
     def __str__(self) -> str:
         total, weights = sum(self.bytes.values()), self.bytes["model.safetensors"]
         lines = [f"{self.folder}: {total / 2**20:.1f} MiB, {total / weights:.3f} times its weights"]
         lines.append(str(self.parity or "not checked against eager"))
-        return "\n".join([*lines, *(str(each) for each in (self.tensorrt, self.serving) if each is not None)])
+        more = (self.tensorrt, self.compiled, self.serving)
+        return "\n".join([*lines, *(str(each) for each in more if each is not None)])
 
     def to_json(self) -> dict[str, Any]:
         """As the command prints it."""
         parity = None if self.parity is None else {**asdict(self.parity), "ok": self.parity.ok}
         found = {"folder": str(self.folder), "backend": self.backend, "bytes": self.bytes, "parity": parity}
         more = {"tensorrt": self.tensorrt, "serving": self.serving}
-        return found | {name: asdict(each) for name, each in more.items() if each is not None}
+        found |= {name: asdict(each) for name, each in more.items() if each is not None}
+        return found if self.compiled is None else {**found, "compiled": self.compiled.to_json()}
 
 
 def export(
@@ -112,25 +124,20 @@ def export(
     serving: str | None = None,
 ) -> Exported:
     """See `foveate.export`."""
-    if backend not in ("onnx", "tensorrt"):
-        raise BackendError(f"foveate exports to onnx and tensorrt, not to {backend!r}")
+    if backend not in BACKENDS:
+        raise BackendError(f"foveate exports to {', '.join(BACKENDS)}, not to {backend!r}")
     if sizes and backend != "tensorrt":
         raise BackendError("sizes are those of TensorRT's profiles; graphs for ONNX Runtime take any")
     if serving is not None and (serving, backend) != ("triton", "onnx"):
         raise BackendError(f"for serving there is triton, over the backend onnx; not {serving} over {backend}")
-    try:
-        from foveate.backends.onnx.package import write_graphs
-    except ImportError:
-        raise BackendError(
-            "exporting to ONNX needs the packages of foveate[onnx]: pip install 'foveate[onnx]'"
-        ) from None
     with artifact.new_folder(folder) as work:
         artifact.write_model(model, work)
-        artifact.add_graphs(work, write_graphs(model.program, work), model)
-        parity = check(model, work) if verify else None
+        lowered, compiled = _compile(model, work) if backend == "aoti" else (_write(model, work), None)
+        runs_by = "aoti" if backend == "aoti" else "onnx"
+        parity = check(model, _as(model, runs_by, lowered)) if verify else None
         if parity is not None and not parity.ok:
             raise ParityError(f"the exported graphs do not agree with torch, so nothing was written: {parity}")
-        exported = Exported(folder, backend, {}, parity)
+        exported = Exported(folder, backend, {}, parity, compiled=compiled)
         if backend == "tensorrt":
             exported = replace(exported, tensorrt=prepare_tensorrt(model, work, sizes or {}))
         if serving is not None:
@@ -142,6 +149,31 @@ def export(
     return replace(exported, bytes=sizes_of)
 
 
+def _write(model: OptimizedModel, work: Path) -> Lowered:
+    """Write ONNX files into a folder that holds the weights; what opens them."""
+    try:
+        from foveate.backends.onnx.package import write_graphs
+    except ImportError:
+        raise BackendError(
+            "exporting to ONNX needs the packages of foveate[onnx]: pip install 'foveate[onnx]'"
+        ) from None
+    artifact.add_graphs(work, write_graphs(model.program, work), model)
+    return lambda: open_package(model.program, work)
+
+
+def _compile(model: OptimizedModel, work: Path) -> tuple[Lowered, Any]:
+    """Compile the graphs into the user's cache; what gives them, and what it took."""
+    from foveate.backends.aoti import build
+
+    runners, built = build(model.program)
+    artifact.mark_compiled(work)
+    return lambda: runners, built
+
+
+def _as(model: OptimizedModel, backend: str, lowered: Lowered) -> OptimizedModel:
+    return OptimizedModel(model.program, model.config, model.generation_config, backend, lowered)
+
+
 def prepare_tensorrt(model: OptimizedModel, folder: Path, sizes: Mapping[str, Range]) -> Any:
     """Prepare a package for TensorRT, with a random prompt's answer as reference, and build it where that is there."""
     from foveate.backends.onnx.names import FILES
@@ -150,9 +182,7 @@ def prepare_tensorrt(model: OptimizedModel, folder: Path, sizes: Mapping[str, Ra
     program = model.program
     spans = ranges(model, sizes)
     seen: dict[str, Any] = {}
-    packaged = OptimizedModel(
-        program, model.config, model.generation_config, "onnx", lambda: open_package(program, folder, seen)
-    )
+    packaged = _as(model, "onnx", lambda: open_package(program, folder, seen))
     inputs = prompts(program.info, len(program.weights.get(program.info.paths["embed"])), (1,), 0)
     with torch.inference_mode():
         packaged.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
@@ -181,15 +211,12 @@ def ranges(model: OptimizedModel, sizes: Mapping[str, Range]) -> dict[str, Range
     return found
 
 
-def check(model: OptimizedModel, folder: Path) -> Parity:
-    """Run random prompts by the files of a package and by eager torch."""
+def check(model: OptimizedModel, packaged: OptimizedModel) -> Parity:
+    """Run random prompts by a model as it was exported and by eager torch."""
     program = model.program
     if any(n.name == "questions" for n in program.graphs["vision"].nodes):
         raise BackendError("a model that chooses by the question cannot be checked on random prompts: verify=False")
     eager = OptimizedModel(program, model.config, model.generation_config)
-    packaged = OptimizedModel(
-        program, model.config, model.generation_config, "onnx", lambda: open_package(program, folder)
-    )
     found = []
     for number, counts in enumerate(((1,), (2, 0, 1), (0,))):
         inputs = prompts(program.info, int(program.weights.get(program.info.paths["embed"]).shape[0]), counts, number)

@@ -20,6 +20,7 @@ BACKENDS: dict[str, str] = {
     "eager": "foveate.backends.eager",
     "inductor": "foveate.backends.inductor",
     "onnx": "foveate.backends.onnx",
+    "aoti": "foveate.backends.aoti",
 }
 """Backend name -> module with a `lower` function."""
 
@@ -27,7 +28,7 @@ BACKENDS: dict[str, str] = {
 TRAINS = ("eager", "inductor")
 """Backends whose weights may learn: training graphs run eagerly on each of them."""
 
-WHOLE_BUFFERS = ("onnx",)
+WHOLE_BUFFERS = ("onnx", "aoti")
 """Backends whose steps read the cache's whole buffers, free room included, which need no copy to be contiguous."""
 
 SPLIT = ("prefill", "train")

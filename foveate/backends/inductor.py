@@ -11,7 +11,7 @@ from torch._inductor.exc import InductorError, InvalidCxxCompiler
 import foveate.kernels  # noqa: F401  registers what the foveate ops compute
 from foveate import ops
 from foveate.backends.base import Inputs, Runner
-from foveate.backends.regions import Compiled, run_by_regions
+from foveate.backends.regions import Compiled, Region, run_by_regions
 from foveate.errors import BackendError
 from foveate.ir.program import Program
 from foveate.kernels.linear import pays
@@ -37,10 +37,10 @@ def lower(program: Program, graph: fx.Graph, name: str) -> Runner:
     return guarded
 
 
-def _compiled(region: fx.Graph) -> Compiled:
-    for node in region.nodes:
+def _compiled(region: Region) -> Compiled:
+    for node in region.graph.nodes:
         if node.target == torch.ops.aten.linear.default and pays():
             node.target = ops.linear
-    module = fx.GraphModule(torch.nn.Module(), region, class_name="FoveateLayer")
+    module = fx.GraphModule(torch.nn.Module(), region.graph, class_name="FoveateLayer")
     compiled: Compiled = torch.compile(module, dynamic=True, fullgraph=True)
     return compiled

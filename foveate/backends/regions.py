@@ -8,8 +8,10 @@ Weights are arguments of a region like any other value, so two layers differ onl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, fx
@@ -23,27 +25,36 @@ from foveate.ir.rewriter import map_arg
 class Region:
     """Part of a graph as a function: `inputs` are the values it takes, `results` those that later regions need.
 
-    key: equal for regions that compute the same.
+    body: the ops, in which inputs and values are numbers and not names.
     """
 
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
     results: tuple[fx.Node, ...]
-    key: str
+    body: str
+
+    @property
+    def key(self) -> str:
+        """Equal for regions of a program that compute the same."""
+        return "\n".join([*map(_described, self.inputs), self.body])
 
 
 Compiled = Callable[..., tuple[Any, ...]]
 """A region as a function of its inputs."""
 
 
-def run_by_regions(program: Program, graph: fx.Graph, make: Callable[[fx.Graph], Compiled]) -> Runner:
-    """A runner that calls the regions of a graph in turn; `make` is asked once for regions with equal keys."""
+def run_by_regions(program: Program, graph: fx.Graph, make: Callable[[Region], Compiled], alike: int = 1) -> Runner:
+    """A runner that calls the regions of a graph in turn; `make` is asked once for regions with equal keys.
+
+    alike: see `regions`.
+    """
     functions: dict[str, Compiled] = {}
     steps = []
-    for region in regions(graph):
-        if region.key not in functions:
-            functions[region.key] = make(region.graph)
-        steps.append((functions[region.key], region.inputs, region.results))
+    for region in regions(graph, alike):
+        key = region.key
+        if key not in functions:
+            functions[key] = make(region)
+        steps.append((functions[key], region.inputs, region.results))
     given = [n for n in graph.nodes if n.op == "placeholder"]
     weights = {n: program.weights.get(str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     returned = outputs(graph)
@@ -65,15 +76,25 @@ def run_by_regions(program: Program, graph: fx.Graph, make: Callable[[fx.Graph],
     return run
 
 
-def regions(graph: fx.Graph) -> list[Region]:
-    """The layers of a graph, in order; what depends on a later layer belongs to that one."""
+def regions(graph: fx.Graph, alike: int = 1) -> list[Region]:
+    """The layers of a graph, in order; what depends on a later layer belongs to that one.
+
+    Layers that fewer than `alike` of the graph are equal to form one region with such neighbours.
+    """
     layer: dict[fx.Node, int] = {}
     members: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function":
             layer[node] = max([info(node).layer, *(layer[n] for n in node.all_input_nodes if n in layer)])
             members.setdefault(layer[node], []).append(node)
-    return [_region(members[number], number, layer) for number in sorted(members)]
+    found = {number: _region(members[number], number, layer) for number in sorted(members)}
+    count = Counter(region.key for region in found.values())
+    joined: dict[int, list[fx.Node]] = {}
+    for _, numbers in groupby(found, lambda n: n if count[found[n].key] >= alike else None):
+        first, *others = numbers
+        joined[first] = members[first] + [node for number in others for node in members[number]]
+        layer.update(dict.fromkeys(joined[first], first))
+    return [_region(nodes, number, layer) for number, nodes in joined.items()]
 
 
 def _region(nodes: list[fx.Node], number: int, layer: dict[fx.Node, int]) -> Region:
@@ -88,8 +109,7 @@ def _region(nodes: list[fx.Node], number: int, layer: dict[fx.Node, int]) -> Reg
     results = [n for n in nodes if any(layer.get(u) != number for u in n.users)]
     new.output(tuple(inside[n] for n in results))
     names = {n: _Name(f"%{place}") for place, n in enumerate(inside)}
-    lines = [_described(n) for n in inputs]
-    lines += [f"{n.target} {map_arg((n.args, n.kwargs), names.__getitem__)}" for n in nodes]
+    lines = [f"{n.target} {map_arg((n.args, n.kwargs), names.__getitem__)}" for n in nodes]
     lines.append(" ".join(names[n] for n in results))
     return Region(new, tuple(inputs), tuple(results), "\n".join(lines))
 

@@ -14,7 +14,11 @@ from foveate.cli.output import talking
 @click.argument("model", metavar="MODEL_OR_DIR")
 @click.option("--passes", "-p", metavar="P", help=f"{PASSES} Leave it out for a folder that foveate saved.")
 @click.option(
-    "--backend", type=click.Choice(["onnx", "tensorrt"]), default="onnx", show_default=True, help="What will run it."
+    "--backend",
+    type=click.Choice(["onnx", "tensorrt", "aoti"]),
+    default="onnx",
+    show_default=True,
+    help="What will run it.",
 )
 @click.option("-o", "--output", "folder", required=True, metavar="OUT", help="A folder that does not exist yet.")
 @click.option(
@@ -41,8 +45,9 @@ def command(
 ) -> None:
     """Export a model, with its passes inside the graphs, for ONNX Runtime; exit code 1 if it disagrees with torch.
 
-    For TensorRT the same graphs are linted and a build is prepared; it is run where TensorRT is installed.
-    For Triton Inference Server the graphs become a model repository, OUT/serving/triton.
+    For TensorRT the same graphs are linted and a build is prepared; it is run where TensorRT is installed. For Triton
+    Inference Server they become a model repository, OUT/serving/triton. With aoti, OUT is a saved model, and what
+    AOTInductor compiles for this machine goes to a cache of this user.
 
     MODEL_OR_DIR is a folder made by `foveate optimize`, or any MODEL. Ask OUT with `foveate run` or `foveate.load`.
     """

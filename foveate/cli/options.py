@@ -9,7 +9,7 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BACKENDS = ("eager", "inductor", "onnx")
+BACKENDS = ("eager", "inductor", "onnx", "aoti")
 DTYPES = ("float32", "bfloat16", "float16")
 AT_LEAST_ONE = click.IntRange(min=1)
 
@@ -26,7 +26,7 @@ backend_option = click.option(
 own_backend_option = click.option(
     "--backend",
     type=click.Choice(BACKENDS),
-    help="What runs the graphs. [default: onnx for what `foveate export` wrote, else eager]",
+    help="What runs the graphs. [default: what `foveate export` wrote it for, else eager]",
 )
 
 SIZES: dict[str, tuple[str, int | None, str]] = {

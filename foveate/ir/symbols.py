@@ -8,6 +8,7 @@ row), and `prefix` (see `foveate.ops.attention`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,8 @@ class Symbols:
         "prefix": 23,
     }
 
-    def __init__(self) -> None:
+    def __init__(self, hints: Mapping[str, int] = HINTS) -> None:
+        self.hints = hints
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # results are remembered here; an entry there takes longer than most ops
         self.sizes: dict[str, Any] = {}
@@ -42,7 +44,7 @@ class Symbols:
     def __getitem__(self, name: str) -> Any:
         """The symbolic size of that name, made on first use (any name: per-layer lengths have their own)."""
         if name not in self.sizes:
-            hint = self.HINTS.get(name, 401 + 2 * len(self.sizes))
+            hint = self.hints.get(name, 401 + 2 * len(self.sizes))
             context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
             source = torch._dynamo.source.ConstantSource(f"size_{len(self.sizes)}")
             sample = torch.empty(hint, device="meta")
