@@ -61,7 +61,11 @@ def test_the_page_of_selections_shows_the_committed_results(selections: Any) -> 
 def test_every_way_to_select_was_measured() -> None:
     result = json.loads((RESULTS / "selection.json").read_text(encoding="utf-8"))
     # `cut-visual` is the model without an image that the others stand beside.
-    ways = {name for name, cls in PASSES.items() if cls.__module__.startswith(("foveate.passes.select", "foveate.passes.kv"))}
+    ways = {
+        name
+        for name, cls in PASSES.items()
+        if cls.__module__.startswith(("foveate.passes.select", "foveate.passes.kv"))
+    }
     on_digits = {row["passes"].partition("{")[0] for row in result["accuracy"]} - {"", "cut-visual"}
     assert on_digits == ways == {row["passes"].partition("{")[0] for row in result["time"]}
     assert all("prefill_time" in row and "selecting_time" in row for row in result["accuracy"] if row["passes"])
