@@ -5,7 +5,8 @@
     a step caches one more key              cache of layer l: the `heavy` largest s, and the last `recent` tokens
                                             a step adds its row to s; one key leaves, and the new one takes its place
 
-Sums are exact, in blocks of queries. The prefill's own result is as before; the answer's tokens look at what stays.
+Sums are exact, and come out of the attention where both streams attend in one call (`foveate.ir.sums`). The prefill's
+own result is as before; the answer's tokens look at what stays.
 An approximation: H2O (arXiv 2306.14048, section 4), and "visual-text interactive pruning" of arXiv 2409.01162.
 """
 
