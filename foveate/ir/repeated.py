@@ -31,7 +31,7 @@ for _name in ("begin", "end", "again"):
 _MAY_DIFFER = {"layer_idx", "_parameters", "_buffers"}
 """Attributes of layers which compute the same: their number, and weights, of which the form is compared."""
 
-_WEIGHTS = ("_parameters", "_buffers", "_modules")
+_WEIGHTS = ("_parameters", "_buffers")
 
 
 @dataclass
@@ -61,9 +61,10 @@ def equal_layers_once(model: nn.Module, bare: bool) -> Iterator[None]:
                         stack.callback(delattr, layer, "forward")
                         record = _unequal if bare and first != number else layer.forward
                         object.__setattr__(layer, "forward", _recorder(record, path, number, first, calls))
-                        if record is _unequal:
-                            stack.callback(vars(layer).update, {name: vars(layer)[name] for name in _WEIGHTS})
-                            vars(layer).update({name: {} for name in _WEIGHTS})
+                        # The modules themselves stay: transformers may put hooks on them now, and never again.
+                        for module in layer.modules() if record is _unequal else ():
+                            stack.callback(vars(module).update, {name: vars(module)[name] for name in _WEIGHTS})
+                            vars(module).update({name: {} for name in _WEIGHTS})
         yield
 
 

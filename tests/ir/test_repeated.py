@@ -104,6 +104,15 @@ def test_a_layer_that_is_called_in_another_way_is_recorded_itself(monkeypatch: p
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+def test_a_model_that_was_traced_still_gives_all_of_its_attention() -> None:
+    model = deep()
+    trace_program(model)  # while transformers first looks for the modules whose outputs it can return
+    model.set_attn_implementation("eager")
+    pixels = torch.randn(1, 3, *[model.config.vision_config.image_size] * 2)
+    out = model.model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
+    assert len(out.attentions) == 4 and len(out.hidden_states) == 5
+
+
 def test_what_a_configuration_says_of_each_layer_tells_them_apart() -> None:
     layers = deep().model.language_model.layers
     assert alike(layers, 0, 1)
