@@ -125,11 +125,7 @@ def add_graphs(work: Path, names: Sequence[str], model: OptimizedModel) -> None:
 
     What `foveate.runner` must know of prompts stands beside them, so that it need not understand configurations.
     """
-    manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
-    manifest["backend"] = "onnx"
-    manifest["prompts"] = prompts_of(model)
-    manifest["files"] |= {name: sha256(work / name) for name in names}
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _amend(work, backend="onnx", prompts=prompts_of(model), files={name: sha256(work / name) for name in names})
 
 
 def prompts_of(model: OptimizedModel) -> dict[str, int]:
@@ -146,8 +142,13 @@ def prompts_of(model: OptimizedModel) -> dict[str, int]:
 
 def mark_compiled(work: Path) -> None:
     """Say in the manifest of a folder just written that it runs by code compiled for it, which lies in a cache."""
+    _amend(work, backend="aoti", files={})
+
+
+def _amend(work: Path, files: dict[str, str], **entries: Any) -> None:
+    """Add entries, and files with their sha256, to the manifest of a folder just written."""
     manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
-    manifest["backend"] = "aoti"
+    manifest |= {**entries, "files": manifest["files"] | files}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,24 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A module of `benchmarks`, which finds its neighbours there while it is in use."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield import_module(name)
+    for each in (name, "writing"):
+        sys.modules.pop(each, None)
+
+
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`benchmarks/accuracy_page.py`, which finds its neighbours as a script does."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import accuracy_page
-
-    yield accuracy_page
-    for name in ("accuracy_page", "writing"):
-        sys.modules.pop(name, None)
+    yield from script("accuracy_page", monkeypatch)
 
 
 @pytest.fixture
 def selections(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`benchmarks/selection_page.py`."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import selection_page
-
-    yield selection_page
-    for name in ("selection_page", "writing"):
-        sys.modules.pop(name, None)
+    yield from script("selection_page", monkeypatch)
 
 
 def test_the_accuracy_page_shows_the_committed_results(page: Any) -> None:

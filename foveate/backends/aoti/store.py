@@ -10,7 +10,6 @@ is there whole or not at all. The default of `$FOVEATE_CACHE` is `~/.cache/fovea
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import ArtifactError
+from foveate.manifest import sha256
 
 VARIABLE = "FOVEATE_CACHE"
 FORMAT = 1
@@ -146,9 +146,3 @@ def _manifest(entry: Path, key: str) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         text = str(error).splitlines() or [type(error).__name__]
         raise ArtifactError(f"{path} is damaged: {text[0]}; remove {entry}, and it is compiled again") from None
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -214,7 +214,7 @@ def _attention(node: fx.Node, sizes: Sizes) -> tuple[int, int]:
     attention = Attention.of(node)
     batch, heads, _, size = sizes.shape(attention.q[0])
     queries, keys = ([sizes.shape(x)[2] for x in xs] for xs in (attention.q, attention.k))
-    prefix = sizes.names.get("prefix", -1) if isinstance(attention.prefix, fx.Node) else attention.prefix
+    prefix = _prefix(attention, sizes)
     spanned, computed = ops.attention_pairs(queries, keys, attention.layout, prefix)
     return 4 * batch * heads * size * spanned, 4 * batch * heads * size * computed
 
@@ -223,8 +223,11 @@ def _attention_with_sums(node: fx.Node, sizes: Sizes) -> int:
     attention = Attention.of(node)
     batch, heads, _, size = sizes.shape(attention.q[0])
     queries, keys = (sum(sizes.shape(x)[2] for x in xs) for xs in (attention.q, attention.k))
-    prefix = sizes.names.get("prefix", -1) if isinstance(attention.prefix, fx.Node) else attention.prefix
-    return 4 * batch * heads * size * ops.summed_pairs(queries, keys, prefix)
+    return 4 * batch * heads * size * ops.summed_pairs(queries, keys, _prefix(attention, sizes))
+
+
+def _prefix(attention: Attention, sizes: Sizes) -> int:
+    return int(sizes.names.get("prefix", -1) if isinstance(attention.prefix, fx.Node) else attention.prefix)
 
 
 def _encoder_attention(node: fx.Node, sizes: Sizes) -> int:
