@@ -11,7 +11,7 @@ from foveate.ir.program import Program
 from foveate.ir.statistics import Statistics
 from foveate.loading import load
 from foveate.model import OptimizedModel
-from foveate.models.registry import check_runs, family_of, trace_program
+from foveate.models.registry import family_of, trace_program
 from foveate.package import Exported
 from foveate.passes.pipeline import Passes, apply_pipeline
 from foveate.report.diff import DiffReport, Source, diff_report
@@ -43,7 +43,6 @@ def optimize(
     FoveateError subclasses.
     """
     family_of(model)
-    check_runs(model.config.model_type)
     statistics = Statistics.load(calibration) if isinstance(calibration, (str, Path)) else calibration
     program = apply_pipeline(trace(model) if traced is None else traced.copy(), passes, statistics)
     program.forget_unused()

@@ -35,7 +35,7 @@ from foveate.ir.rules import verify
 from foveate.ir.text import parse_graphs
 from foveate.manifest import FILES, FORMAT, MANIFEST, read_manifest, reading, sha256
 from foveate.model import OWN, OptimizedModel
-from foveate.models.registry import FAMILIES, check_runs
+from foveate.models.registry import FAMILIES
 
 
 def save(model: OptimizedModel, folder: Path) -> None:
@@ -162,7 +162,6 @@ def load(folder: Path, backend: str | None, device: str) -> OptimizedModel:
     with reading(folder / "config.json"):
         config = _config(folder)
         info = FAMILIES[config.model_type].describe(config)
-        check_runs(config.model_type)
     with reading(folder / "generation_config.json"):
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     backend = backend or manifest.get("backend", "eager")

@@ -21,7 +21,7 @@ from foveate.ir.observe import observe, only_statistics
 from foveate.ir.split import split
 from foveate.ir.statistics import Statistics
 from foveate.model import OptimizedModel
-from foveate.models.registry import check_runs, family_of, trace_joint
+from foveate.models.registry import family_of, trace_joint
 from foveate.ops import PAD
 from foveate.streams import Streams
 
@@ -55,7 +55,6 @@ def calibrate(
     fit the model, FoveateError subclasses otherwise.
     """
     about = family_of(model).describe(model.config)
-    check_runs(model.config.model_type)
     found = Statistics.empty(about, {"model": name, "batch": batch}, tokens)
     if output is not None:
         found = _begin(found, examples, output, resume)

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 from foveate.errors import InputError
 
-TAKEN = ("input_ids", "attention_mask", "pixel_values")
-"""What a model takes of what its processor makes."""
+TEXT = ("input_ids", "attention_mask")
+"""What any model takes of what its processor makes; families add what they need to see images."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ def check_image(path: Path) -> None:
 
 def model_inputs(model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
     """What a model takes of what its processor made, on its device and in its dtype."""
-    taken = {name: made[name].to(model.device) for name in TAKEN if name in made}
+    from foveate.models.registry import FAMILIES  # which needs torch, as opening images does not
+
+    takes = (*TEXT, *FAMILIES[model.config.model_type].GIVEN)
+    taken = {name: made[name].to(model.device) for name in takes if name in made}
     return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in taken.items()}
 
 

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from foveate.cache import VisualTextCache
 from foveate.ir.program import Program
+from foveate.models.registry import FAMILIES
 
 CACHE = next(
     name
@@ -58,8 +59,6 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         past_key_values: VisualTextCache | None = None,
         cache: VisualTextCache | None = None,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        questions: Tensor | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """The whole prompt first, then what the cache has not seen."""
@@ -68,7 +67,7 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         inputs = {"input_ids": input_ids[:, seen:], "cache": cache}
         inputs["use_cache"] = options.get("use_cache", True)
         if not seen:
-            inputs |= {"attention_mask": attention_mask, "pixel_values": pixel_values, "questions": questions}
+            inputs |= {"attention_mask": attention_mask, **{name: options.get(name) for name in self._given()}}
         return inputs
 
     def _prepare_cache_for_generation(
@@ -93,14 +92,21 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat each row; a row's images are repeated as a block, so that every copy has all of them in order."""
-        of_images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "questions")}
-        for name, value in of_images.items():
-            if value is not None and input_ids is not None and expand_size > 1:
-                tokens = (input_ids == self.program.info.image_token_id).sum(1)
-                counts = (tokens // self.program.info.tokens_per_image).tolist()
-                if sum(counts) == value.shape[0]:
-                    of_images[name] = torch.cat([torch.cat([part] * expand_size) for part in value.split(counts)])
+        about, family = self.program.info, FAMILIES[self.program.info.family]
+        given = {name: value for name in self._given() if (value := model_kwargs.pop(name, None)) is not None}
+        if given and input_ids is not None and expand_size > 1:
+            for name, counts in family.images_in(about, given, input_ids).items():
+                parts = given[name].split(counts)
+                given[name] = torch.cat([part for part in parts for _ in range(expand_size)])
         ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        return ids, {**kwargs, **{name: value for name, value in of_images.items() if value is not None}}
+        return ids, {**kwargs, **given}
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """What belongs to images depends on the family, so it is no parameter of its own."""
+        super()._validate_model_kwargs({n: value for n, value in model_kwargs.items() if n not in self._given()})
+
+    def _given(self) -> tuple[str, ...]:
+        """Names of what belongs to the images of a prompt."""
+        return (*FAMILIES[self.program.info.family].GIVEN, "questions")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -20,10 +19,12 @@ from foveate.generation import Generates, NextToken
 from foveate.ir.program import Program, outputs
 from foveate.ir.train import derive_train
 from foveate.ir.weights import linear_weights
-from foveate.labels import NO_LABEL, Asked, asked_of, next_labels
+from foveate.labels import Asked, asked_of
+from foveate.models.registry import FAMILIES
 from foveate.ops import PAD
+from foveate.prompts import Prompts, embed, prepare
 from foveate.steps import Capture, captured, cuda_graph
-from foveate.streams import Images, Stream, Streams, arrange, shorten
+from foveate.streams import Streams
 
 OWN = "weights."
 """What precedes a weight's Hugging Face name in `OptimizedModel.state_dict()`."""
@@ -113,23 +114,26 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         before each row's first label, as they would for that prompt alone. questions: fp32 [images, P] of
         `foveate.questions`, where a pass asks for them. Raises InputError where the inputs do not fit together.
         """
-        _refuse(options)
         if input_ids is None:
             raise InputError("input_ids is missing: give what the model's processor returns")
+        named = {"pixel_values": pixel_values, "questions": questions, **_asked_for(options)}
+        prompts = Prompts.of(
+            self.program,
+            {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **named},
+        )
         if any(holder.replaced for holder in self._holders):
             self._lower()  # adapters came or went
         if labels is not None and self.backend not in TRAINS:
             raise InputError(f"the {self.backend} backend does not train; optimize or load the model with another one")
         if labels is not None:
-            seen = pixel_values, questions
-            return self._run_train(input_ids, seen, attention_mask, position_ids, labels, num_items_in_batch)
+            return self._run_train(prompts, labels, num_items_in_batch)
         cache = past_key_values if cache is None else cache
         if cache is not None and cache.get_seq_length():
             if not isinstance(cache, VisualTextCache):
                 raise InputError(f"the cache is a {type(cache).__name__}; give one that this model returned")
             return self._run_decode(input_ids, cache)
-        inputs, streams = self.prefill_inputs(input_ids, pixel_values, attention_mask, position_ids, questions)
-        return self._run_prefill(input_ids, inputs, streams, cache, use_cache)
+        prepared = prepare(self.program, self._run, prompts)
+        return self._run_prefill(input_ids, prepared.inputs, prepared.streams, cache, use_cache)
 
     def _run_prefill(
         self,
@@ -153,23 +157,13 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             held={int(n): _placed(state[0], streams) for n, state in held.items()} or None,
         )
 
-    def _run_train(
-        self,
-        input_ids: Tensor,
-        seen: tuple[Tensor | None, Tensor | None],
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None,
-    ) -> NextToken:
+    def _run_train(self, prompts: Prompts, labels: Tensor, num_items_in_batch: Tensor | int | None) -> NextToken:
         if not self._train:
             self._train = self._train_graphs()
-        about, images = self.program.info, self._images(self._train, *seen)
-        attention_mask, position_ids = shorten(about, input_ids, attention_mask, position_ids, images)
-        following = next_labels(input_ids, attention_mask, labels)
-        streams = arrange(about, input_ids, attention_mask, position_ids, images, following != NO_LABEL)
-        asked = asked_of(streams, following)
-        inputs = {**self._inputs(input_ids, streams, images), "asked": asked.columns, "asking": asked.asking}
+        prepared = prepare(self.program, self._train, prompts, labels)
+        assert prepared.following is not None  # there are labels
+        streams, asked = prepared.streams, asked_of(prepared.streams, prepared.following)
+        inputs = {**prepared.inputs, "asked": asked.columns, "asking": asked.asking}
         loss, out = self._learn(inputs, asked, num_items_in_batch)
         return NextToken(loss=loss, logits=out["logits"], labels=asked.labels, kept=self._kept(out["kept"], streams))
 
@@ -187,19 +181,10 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         )
         return loss, out
 
-    def prefill_inputs(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        questions: Tensor | None = None,
-    ) -> tuple[dict[str, Tensor | int], Streams]:
+    def prefill_inputs(self, **made: Any) -> tuple[dict[str, Tensor | int], Streams]:
         """What a prefill graph takes, by name, from what the model's processor returns; and the prompts in streams."""
-        about, images = self.program.info, self._images(self._run, pixel_values, questions)
-        attention_mask, position_ids = shorten(about, input_ids, attention_mask, position_ids, images)
-        streams = arrange(about, input_ids, attention_mask, position_ids, images)
-        return self._inputs(input_ids, streams, images), streams
+        prepared = prepare(self.program, self._run, Prompts.of(self.program, made))
+        return prepared.inputs, prepared.streams
 
     def _kept(self, chosen: Mapping[str, Tensor], streams: Streams) -> dict[int, Tensor] | None:
         """For each layer before which tokens were selected, the places of those that stay; that of CLS is padding."""
@@ -216,9 +201,10 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         steps = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
         order = steps + cache.seen
         assert cache.next_position is not None  # a filled cache has it
+        axes = FAMILIES[self.program.info.family].POSITION_AXES
         inputs = {
-            "text": self._embed(input_ids),
-            "text_position_ids": steps + cache.next_position,
+            "text": embed(self.program, input_ids),
+            "text_position_ids": (steps + cache.next_position).expand(*axes, -1, -1),
             "text_order": order.contiguous(),
         }
         if self.capture is not None and tokens == 1 and not cache.reordered and not torch.is_grad_enabled():
@@ -229,67 +215,6 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
             logits = out["logits"]
             cache.extend(out["kv"], order, out.get("scores"))
         return NextToken(logits=logits, cache=cache)
-
-    def _images(
-        self, run: Mapping[str, Runner], pixel_values: Tensor | None, questions: Tensor | None
-    ) -> Images | None:
-        """The visual tokens of all images of the batch."""
-        asked = next((n for n in self.program.graphs["vision"].nodes if n.name == "questions"), None)
-        if asked is None and questions is not None:
-            raise InputError("this model chooses nothing by a question; leave questions out")
-        if pixel_values is None:
-            return None
-        expected = self.program.info.image_size
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise InputError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes [images, "
-                f"{', '.join(map(str, expected))}]"
-            )
-        if not len(pixel_values):
-            return None
-        inputs: dict[str, Tensor | int] = {"pixel_values": pixel_values.to(self.dtype)}
-        if asked is not None:
-            wanted = (len(pixel_values), asked.meta["val"].shape[1])
-            if questions is None or tuple(questions.shape) != wanted:
-                given = "none" if questions is None else f"{list(questions.shape)}"
-                raise InputError(
-                    f"this model chooses visual tokens by the question: give questions={list(wanted)}, one row an "
-                    f"image, as foveate.questions makes them; there is {given}"
-                )
-            inputs["questions"] = questions.to(self.device, torch.float32)
-        out = run["vision"](inputs)
-        if "vision_rest" in run:
-            left = out["source"][:, : int(out["count"].max())]
-            out = run["vision_rest"]({"hidden": out["out"], "places": left, "count": out["count"]})
-        return Images(out["out"], out.get("source"), out.get("count"))
-
-    def _inputs(self, input_ids: Tensor, streams: Streams, images: Images | None) -> dict[str, Tensor | int]:
-        text = self._embed(input_ids.gather(1, streams.text.index))
-        if images is None or not images.width:
-            visual = text.new_zeros(text.shape[0], 0, text.shape[2])
-        else:
-            flat = images.features.flatten(0, 1)
-            visual = flat[streams.feature.gather(1, streams.visual.index)]
-            # The last visual token of a prompt that ends in an image travels with the text.
-            moved = streams.image.gather(1, streams.text.index) & (streams.text.order >= 0)
-            text = torch.where(moved[..., None], flat[streams.feature.gather(1, streams.text.index)], text)
-        named: dict[str, Stream] = {"visual": streams.visual, "text": streams.text}
-        inputs: dict[str, Tensor | int] = {"visual": visual, "text": text, "prefix": streams.prefix}
-        inputs |= {"visual_coords": streams.coords, "grids": streams.grids}
-        for name, stream in named.items():
-            inputs[f"{name}_position_ids"] = stream.position_ids
-            inputs[f"{name}_order"] = stream.order
-        return inputs
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        table = self.weights.get(self.program.info.paths["embed"])
-        # The image token may lie outside the table; its row is replaced by a visual embedding.
-        safe = torch.where(input_ids == self.program.info.image_token_id, 0, input_ids)
-        if safe.device.type == "cpu" and safe.numel() and not 0 <= int(safe.min()) <= int(safe.max()) < len(table):
-            raise InputError(
-                f"input_ids holds {int(safe.max())}; the vocabulary has {len(table)} tokens, numbered from 0"
-            )
-        return embedding(safe, table)
 
     def get_input_embeddings(self) -> nn.Module:
         """The module that holds the token embedding's weight; adapters ask for it."""
@@ -357,13 +282,7 @@ def _placed(order: Tensor, streams: Streams) -> Tensor:
     return found.view_as(order).masked_fill(spare, PAD)
 
 
-def _refuse(options: dict[str, Any]) -> None:
-    """Options of the Hugging Face call that a program cannot honour are errors, not ignored."""
-    wanted = {k for k, v in options.items() if v is not None and v is not False}
+def _asked_for(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a Hugging Face call that ask for something; some ask for what a program does anyway."""
     harmless = {"return_dict", "logits_to_keep", "cache_position", "next_sequence_length", "is_first_iteration"}
-    unknown = sorted(wanted - harmless)
-    if unknown:
-        raise InputError(
-            f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, pixel_values, "
-            "attention_mask, position_ids, cache (past_key_values), use_cache, labels and questions"
-        )
+    return {k: v for k, v in options.items() if v is not None and v is not False and k not in harmless}

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from foveate import artifact
-from foveate.backends.base import Runner
-from foveate.backends.onnx.lowering import open_package
+from foveate.backends.base import Runner, lower
+from foveate.backends.onnx.lowering import Seen, open_package, recorded
 from foveate.errors import BackendError, InputError, ParityError
 from foveate.ir.program import ModelInfo
 from foveate.model import OptimizedModel
@@ -175,19 +175,21 @@ def _as(model: OptimizedModel, backend: str, lowered: Lowered) -> OptimizedModel
 
 
 def prepare_tensorrt(model: OptimizedModel, folder: Path, sizes: Mapping[str, Range]) -> Any:
-    """Prepare a package for TensorRT, with a random prompt's answer as reference, and build it where that is there."""
+    """Prepare a package for TensorRT, with eager torch's answer to a random prompt as reference; build it, maybe."""
     from foveate.backends.onnx.names import FILES
     from foveate.backends.tensorrt.prepare import prepare
 
     program = model.program
     spans = ranges(model, sizes)
-    seen: dict[str, Any] = {}
-    packaged = _as(model, "onnx", lambda: open_package(program, folder, seen))
+    seen: Seen = {}
+    if program.dtype == torch.bfloat16:  # numpy, and so Polygraphy's JSON, has no such type
+        return prepare(folder, spans)
+    eager = _as(model, "eager", lambda: recorded(program, lower(program, "eager"), seen))
     inputs = prompts(program.info, len(program.weights.get(program.info.paths["embed"])), (1,), 0)
     with torch.inference_mode():
-        packaged.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        eager.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     references = {FILES[name].removesuffix(".onnx"): arrays for name, arrays in seen.items()}
-    return prepare(folder, spans, references if program.dtype != torch.bfloat16 else None)
+    return prepare(folder, spans, references)
 
 
 def ranges(model: OptimizedModel, sizes: Mapping[str, Range]) -> dict[str, Range]:

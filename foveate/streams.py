@@ -6,17 +6,15 @@ token is the last column for every row and the first visual token the first; wha
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foveate.errors import InputError
-from foveate.ir.program import ModelInfo
+from foveate.ir.layout import Layout
 from foveate.ops import PAD
-
-NOWHERE = -(2**11)
-"""Row and column of a visual token that has no place in its image, such as CLS: far from all that have one."""
 
 
 @dataclass(frozen=True)
@@ -24,36 +22,12 @@ class Stream:
     """One stream of a batch: where its tokens stand in the prompt.
 
     index: int64 [B, n] place in the prompt (0 in padding); order: the same with `PAD` in padding, as
-    `foveate::attention` takes it; position_ids: int64 [B, n] for rotary embeddings.
+    `foveate::attention` takes it; position_ids: int64 [B, n] for rotary embeddings, or [3, B, n] for M-RoPE.
     """
 
     index: Tensor
     order: Tensor
     position_ids: Tensor
-
-
-@dataclass(frozen=True)
-class Images:
-    """The visual tokens that a batch's images became.
-
-    features: [I, k, D]. source: int64 [I, k], the place on the grid, row by row, that each stands for, -1 for none
-    (None: all, in order). count: int64 [I], how many of an image's k there are (None: all).
-    """
-
-    features: Tensor
-    source: Tensor | None = None
-    count: Tensor | None = None
-
-    @property
-    def width(self) -> int:
-        """Tokens that an image has room for."""
-        return self.features.shape[1]
-
-    def counts(self) -> Tensor:
-        """How many tokens each image has: int64 [I]."""
-        if self.count is not None:
-            return self.count
-        return torch.full((len(self.features),), self.width, device=self.features.device)
 
 
 @dataclass(frozen=True)
@@ -78,64 +52,59 @@ class Streams:
 
 
 def arrange(
-    info: ModelInfo,
     input_ids: Tensor,
+    image: Tensor,
+    layout: Layout,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    images: Images | None,
     asked: Tensor | None = None,
 ) -> Streams:
     """Take a batch of prompts [B, S] apart; attention_mask and position_ids are those that `shorten` gave.
 
-    A prompt that ends in an image keeps its last visual token with the text, because its row gives the logits; so does
-    every visual token that is `asked` for its next token (bool [B, S], when training).
+    image: bool [B, S], where the layout's tokens stand. A prompt that ends in an image keeps its last visual token with
+    the text, because its row gives the logits; so does what is no patch, and every visual token that is `asked` for its
+    next token (bool [B, S], when training).
     """
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    image = input_ids == info.image_token_id
+    real = torch.ones_like(image) if attention_mask is None else attention_mask.bool()
     places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     last = torch.where(real, places, -1).amax(1, keepdim=True)
-    visual = image & real & (places != last)
+    visual = _at(image, layout.patch) & real & (places != last)
     if asked is not None:
         visual = visual & ~asked
     text = real & ~visual
     if position_ids is None:
         position_ids = (real.cumsum(1) - 1).clamp(min=0)
-    position_ids = position_ids.expand_as(input_ids)
+    position_ids = position_ids.expand(*position_ids.shape[:-2], *input_ids.shape)
     left = _stream(visual, position_ids, places, right=False)
     right = _stream(text, position_ids, places, right=True)
-    number, within = _numbered(info, image)
-    feature, source = within, within
-    if images is not None and images.width:
-        feature = number * images.width + within.clamp(max=images.width - 1)
-        source = within if images.source is None else images.source.flatten()[feature]
-    next_position = position_ids.gather(1, last) + 1
-    coords = _coords(info, number.gather(1, left.index), source.gather(1, left.index), left.order)
-    whole = images is None or images.source is None
-    grids = _grids(info, visual, left.order, right.order, coords) if whole else torch.empty(0, 6, dtype=torch.int64)
-    origin = (places - within + source).masked_fill(source < 0, PAD)
-    return Streams(left, right, image, feature, origin, _prefix(visual, text), next_position, coords, grids)
+    ends = position_ids.gather(-1, last.expand(*position_ids.shape[:-1], 1))
+    if position_ids.dim() > 2:  # an image's last token need not be the one farthest along
+        ends = position_ids.masked_fill(~real, -1).amax((0, 2))[:, None]
+    coords = torch.stack([_at(image, axis) for axis in layout.coords.unbind(1)], dim=2)
+    coords = _take(coords, left.index).masked_fill((left.order == PAD)[..., None], -1)
+    whole = layout.origin is None
+    grids = _grids(left.order, right.order, coords) if whole else torch.empty(0, 6, dtype=torch.int64)
+    origin = places
+    if layout.origin is not None:
+        there = places[image]
+        origin = _at(image, torch.where(layout.origin < 0, PAD, there[layout.origin.clamp(min=0)]))
+    feature = _at(image, layout.feature)
+    return Streams(left, right, image, feature, origin, _prefix(visual, text), ends + 1, coords, grids)
 
 
 def shorten(
-    info: ModelInfo,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    images: Images | None,
+    input_ids: Tensor, image: Tensor, layout: Layout, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention mask and position ids of a batch of prompts [B, S] whose images became fewer tokens than they have.
 
     The tokens that are left take the first places of their image; the others are hidden like padding, and positions
-    go on without a gap. Raises InputError where masks, shapes or the number of images do not fit the prompts.
+    go on without a gap. Raises InputError where a prompt is all padding.
     """
-    _check(info, input_ids, attention_mask, position_ids, 0 if images is None else len(images.features))
-    if images is not None and (images.source is not None or images.count is not None):
-        image = input_ids == info.image_token_id
-        number, within = _numbered(info, image)
-        gone = image & (within >= images.counts()[number])
+    if layout.gone is not None:
+        gone = _at(image, layout.gone)
         if position_ids is not None:
             hidden = gone if attention_mask is None else gone & attention_mask.bool()
-            position_ids = position_ids.expand_as(input_ids) - hidden.cumsum(1)
+            position_ids = position_ids - hidden.cumsum(1)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         attention_mask = real * ~gone
     if attention_mask is not None and not bool(attention_mask.any(1).all()):
@@ -144,19 +113,10 @@ def shorten(
     return attention_mask, position_ids
 
 
-def _numbered(info: ModelInfo, image: Tensor) -> tuple[Tensor, Tensor]:
-    """For each place that holds an image token: number of the image in the batch, and of the token in the image."""
-    number = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(image)
-    return number // info.tokens_per_image, number % info.tokens_per_image
-
-
-def _check(
-    info: ModelInfo,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    images: int,
+def check_prompts(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, axes: tuple[int, ...] = ()
 ) -> None:
+    """Raise InputError where masks or position ids do not fit the prompts; axes: of positions before the batch."""
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise InputError(
             f"input_ids has shape {tuple(input_ids.shape)}; give [batch, sequence] with at least one token"
@@ -164,17 +124,20 @@ def _check(
     batch, length = input_ids.shape
     for name, value, allowed in (
         ("attention_mask", attention_mask, {(batch, length)}),
-        ("position_ids", position_ids, {(batch, length), (1, length)}),
+        ("position_ids", position_ids, {(*axes, batch, length), (*axes, 1, length)}),
     ):
         if value is not None and tuple(value.shape) not in allowed:
             raise InputError(f"{name} has shape {tuple(value.shape)}; input_ids has {tuple(input_ids.shape)}")
-    tokens = int((input_ids == info.image_token_id).sum())
-    expected = images * info.tokens_per_image
-    if tokens != expected:
-        raise InputError(
-            f"the prompts hold {tokens} image tokens, and {images} image{'s' * (images != 1)} of "
-            f"{info.tokens_per_image} tokens make {expected}: give one <image> in the text for each image"
-        )
+
+
+def _at(image: Tensor, values: Tensor) -> Tensor:
+    """Values [P] of image tokens at their places: [B, S], zero elsewhere."""
+    return torch.zeros(image.shape, dtype=values.dtype, device=image.device).masked_scatter(image, values)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Values [B, S, 3] at places [B, n]."""
+    return values.gather(1, index[..., None].expand(*index.shape, values.shape[2]))
 
 
 def _stream(member: Tensor, position_ids: Tensor, places: Tensor, right: bool) -> Stream:
@@ -186,7 +149,8 @@ def _stream(member: Tensor, position_ids: Tensor, places: Tensor, right: bool) -
     valid = member.gather(1, index)
     index = index.masked_fill(~valid, 0)
     order = places.gather(1, index).masked_fill(~valid, PAD)
-    return Stream(index, order, position_ids.gather(1, index).masked_fill(~valid, 0))
+    found = position_ids.gather(-1, index.expand(*position_ids.shape[:-1], width))
+    return Stream(index, order, found.masked_fill(~valid, 0))
 
 
 def _prefix(visual: Tensor, text: Tensor) -> int:
@@ -203,30 +167,21 @@ def _prefix(visual: Tensor, text: Tensor) -> int:
     return start if bool(first[start : start + count].all()) else -1
 
 
-def _coords(info: ModelInfo, image: Tensor, source: Tensor, order: Tensor) -> Tensor:
-    """Image, row and column int64 [B, n, 3] of visual tokens, from their places on the grid; -1 in padding."""
-    columns = info.grid[1]
-    coords = torch.stack([image, source // columns, source % columns], dim=2)
-    coords[..., 1:].masked_fill_((source < 0)[..., None], NOWHERE)
-    return coords.masked_fill((order == PAD)[..., None], -1)
-
-
-def _grids(info: ModelInfo, visual: Tensor, order: Tensor, text_order: Tensor, coords: Tensor) -> Tensor:
+def _grids(order: Tensor, text_order: Tensor, coords: Tensor) -> Tensor:
     """A row an image, as `foveate.ops.neighbor_attention` takes them; none if an image is not whole or not in one."""
-    height, width = info.grid
-    counts = visual.sum(1)
-    size = height * width
-    if bool((counts % size).any()):
-        return torch.empty(0, 6, dtype=torch.int64)
-    rows = []
     order, text_order, coords = order.cpu(), text_order.cpu(), coords.cpu()
-    for row, images in enumerate((counts // size).tolist()):
+    rows = []
+    for row, (places, where) in enumerate(zip(order, coords, strict=True)):
+        count = int((places != PAD).sum())
         first_text = int((text_order[row] == PAD).sum())
-        starts = order[row, : images * size].view(images, size)
-        corners = coords[row, : images * size : size, 1:]
-        if bool((starts[:, -1] - starts[:, 0] != size - 1).any()) or bool(corners.any()):
-            return torch.empty(0, 6, dtype=torch.int64)
-        for image, start in enumerate(starts[:, 0].tolist()):
-            seen = first_text + int((text_order[row] < start).sum())
-            rows.append([row, image * size, height, width, first_text, seen])
+        begins = where[:count, 0].diff().nonzero().flatten() + 1
+        for start, end in itertools.pairwise([0, *begins.tolist(), count]) if count else ():
+            height, width = (where[end - 1, 1:] + 1).tolist()
+            within = torch.arange(end - start)
+            raster = torch.stack([within // max(width, 1), within % max(width, 1)], dim=1)
+            in_one = torch.equal(places[start:end], places[start] + within)
+            if height * width != end - start or not in_one or not torch.equal(where[start:end, 1:], raster):
+                return torch.empty(0, 6, dtype=torch.int64)
+            seen = first_text + int((text_order[row] < places[start]).sum())
+            rows.append([row, start, height, width, first_text, seen])
     return torch.tensor(rows, dtype=torch.int64).view(-1, 6)

@@ -30,9 +30,23 @@ ALLOWED = {
     "intervals": set(),
     "metrics": {"examples", "intervals"},
     "answers": {"errors", "examples"},
-    "generation": BASE | {"ir", "cache"},
+    "generation": BASE | {"ir", "cache", "models"},
     "steps": BASE | {"backends", "cache"},
-    "model": BASE | {"ir", "backends", "cache", "streams", "labels", "generation", "steps", "artifact", "report"},
+    "prompts": BASE | {"ir", "backends", "models", "streams", "labels"},
+    "model": BASE
+    | {
+        "ir",
+        "backends",
+        "cache",
+        "models",
+        "prompts",
+        "streams",
+        "labels",
+        "generation",
+        "steps",
+        "artifact",
+        "report",
+    },
 }
 EVERYTHING = {
     "api",

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from foveate import streams as taken_apart
 from foveate.errors import InputError
+from foveate.ir.layout import NOWHERE
 from foveate.ir.program import ModelInfo
+from foveate.models import tiles
 from foveate.ops import PAD
-from foveate.streams import NOWHERE, Images, Stream, Streams
+from foveate.streams import Stream, Streams
 
 IMAGE, GRID = 99, (1, 3)
 TOKENS = GRID[0] * GRID[1]
@@ -48,9 +50,24 @@ def arrange(
     asked: Tensor | None = None,
 ) -> Streams:
     """Prompts whose images are whole."""
-    shown = Images(torch.zeros(images, TOKENS, 1)) if images else None
-    mask, positions = taken_apart.shorten(info, input_ids, attention_mask, position_ids, shown)
-    return taken_apart.arrange(info, input_ids, mask, positions, shown, asked)
+    out = {"out": torch.zeros(images, TOKENS, 1)} if images else None
+    return seen(info, input_ids, attention_mask, position_ids, out, asked)
+
+
+def seen(
+    info: ModelInfo,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    out: dict[str, Tensor] | None,
+    asked: Tensor | None = None,
+) -> Streams:
+    """Prompts for whose images the vision graph gave `out`."""
+    taken_apart.check_prompts(input_ids, attention_mask, position_ids)
+    image = info.visual(input_ids)
+    layout = tiles.layout(info, {}, input_ids[image], out)
+    mask, positions = taken_apart.shorten(input_ids, image, layout, attention_mask, position_ids)
+    return taken_apart.arrange(input_ids, image, layout, mask, positions, asked)
 
 
 def image_or_text(draw: st.DrawFn) -> Row:
@@ -232,10 +249,9 @@ def test_images_that_became_shorter(rows: list[Row], side: str, data: st.DataObj
     if not counts or any(row == [IMAGE] * len(row) for row in rows):
         return
     source = torch.tensor([data.draw(st.permutations(range(TOKENS))) for _ in counts])
-    images = Images(torch.zeros(len(counts), TOKENS, 1), source, torch.tensor(counts))
-    hidden, positions = taken_apart.shorten(INFO, ids, mask, (mask.cumsum(1) - 1).clamp(min=0), images)
-    streams = taken_apart.arrange(INFO, ids, hidden, positions, images)
-    own = taken_apart.arrange(INFO, ids, hidden, None, images)
+    out = {"out": torch.zeros(len(counts), TOKENS, 1), "source": source, "count": torch.tensor(counts)}
+    streams = seen(INFO, ids, mask, (mask.cumsum(1) - 1).clamp(min=0), out)
+    own = seen(INFO, ids, mask, None, out)
     number, shorter = 0, []
     for row in rows:
         tokens, at = [], 0
@@ -268,9 +284,7 @@ def test_images_that_became_shorter(rows: list[Row], side: str, data: st.DataObj
 
 def test_a_token_without_a_place_is_far_from_all_others() -> None:
     ids, mask = padded([[1, *[IMAGE] * 3, 2]], "left")
-    images = Images(torch.zeros(1, 2, 1), torch.tensor([[-1, 2]]))
-    hidden, _ = taken_apart.shorten(INFO, ids, mask, None, images)
-    streams = taken_apart.arrange(INFO, ids, hidden, None, images)
+    streams = seen(INFO, ids, mask, None, {"out": torch.zeros(1, 2, 1), "source": torch.tensor([[-1, 2]])})
     assert streams.coords.tolist() == [[[0, NOWHERE, NOWHERE], [0, 0, 2]]]
     assert streams.origin.gather(1, streams.visual.index).tolist() == [[PAD, 3]]
 

@@ -213,19 +213,19 @@ def _picture(model: Any, processor: Any, sample: Sample) -> tuple[bytes, dict[st
     """A PNG of the tokens that stay for one question, and how many they are."""
     from foveate.evaluate import evaluate
     from foveate.report.compare import batch_inputs
-    from foveate.report.kept import kept_mask, kept_places
+    from foveate.report.kept import kept_masks, kept_places
     from foveate.report.picture import kept_tokens_png, png_bytes
 
     inputs = batch_inputs(processor, [sample])
     about = model.program.info
     ((layer, (places,)),) = kept_places(model, inputs).items()
-    mask = kept_mask(about, inputs["input_ids"][0], places)
+    (mask,) = kept_masks(about, inputs, places)
     said = evaluate(model, processor, [sample]).said[0]
     caption = (
         f"asked: {sample.question}\nanswered: {said} (truth: {sample.answer})\n"
         f"{len(places)} of {about.tokens_per_image} visual tokens stay before layer {layer}"
     )
-    return png_bytes(kept_tokens_png(sample.image, about.grid, mask, caption)), {
+    return png_bytes(kept_tokens_png(sample.image, mask, caption)), {
         "layer": layer,
         "kept": len(places),
         "of": about.tokens_per_image,

@@ -97,7 +97,7 @@ def find_config(name: str) -> Any:
     path = Path(name).expanduser()
     named = not path.exists() and not _looks_like_path(name)
     folder = _hub_config(name, _online(name)) if named else find_folder(name)
-    check_config(folder, to_run=False)
+    check_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises on a damaged configuration
@@ -161,9 +161,9 @@ def _from_folder(name: str, folder: Path) -> Loaded:
     return Loaded(name, model.eval(), lambda: _processor(folder))
 
 
-def check_config(folder: Path, to_run: bool = True) -> None:
-    """Raise unless the folder's config.json names a family that foveate runs (or, not `to_run`, at least traces)."""
-    from foveate.models.registry import FAMILIES, check_runs
+def check_config(folder: Path) -> None:
+    """Raise unless the folder's config.json names a family that foveate knows."""
+    from foveate.models.registry import FAMILIES
 
     if (folder / SAVED).is_file():
         raise UseError(f"{folder} was saved by foveate and is optimized already; give the model it was made from")
@@ -180,8 +180,6 @@ def check_config(folder: Path, to_run: bool = True) -> None:
         raise UseError(f"{path} does not say its model_type; supported: {known}")
     if kind not in FAMILIES:
         raise UnsupportedModelError(f"model family {kind!r} in {path} is not supported; supported: {known}")
-    if to_run:
-        check_runs(kind)
 
 
 def _processor(folder: Path) -> Any:

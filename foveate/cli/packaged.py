@@ -35,14 +35,14 @@ def ask(model: NumpyModel, name: str, prompt: str, pictures: Sequence[Image], ma
     from foveate.cli.models import saved_processor
     from foveate.cli.prompts import check_length, full_prompt, told
     from foveate.cli.quiet import spare_torch
-    from foveate.examples import TAKEN
+    from foveate.examples import TEXT
     from foveate.runner.prompts import PAD
 
     spare_torch()
     processor = saved_processor(name)
     text = full_prompt(processor, prompt, len(pictures))
     made = processor(text=[text], images=list(pictures) or None, return_tensors="np")
-    inputs = {name: made[name] for name in TAKEN if name in made}
+    inputs = {name: made[name] for name in (*TEXT, "pixel_values") if name in made}
     ids = inputs["input_ids"]
     check_length(ids.shape[1], max_new_tokens, model.longest)
     first = model(**inputs)

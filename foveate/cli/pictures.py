@@ -13,18 +13,17 @@ def draw_kept(
     model: Any, processor: Any, inputs: dict[str, Any], kept: dict[str, list[int]] | None, path: Path
 ) -> None:
     """Write which patches stay; kept: their places in the prompt by layer. UseError where there are none to draw."""
-    from foveate.report.kept import kept_mask
+    from foveate.models.registry import FAMILIES
+    from foveate.report.kept import kept_masks
     from foveate.report.picture import kept_sheet, png_bytes, seen_image
 
-    if not kept or "pixel_values" not in inputs:
+    if not kept or not any(name.startswith("pixel_values") for name in inputs):
         raise UseError("--kept draws what a selection keeps of images: give an image, and passes that select")
-    images = [seen_image(pixels, processor.image_processor) for pixels in inputs["pixel_values"]]
-    about, ids = model.program.info, inputs["input_ids"][0]
-    masks = {
-        int(layer): [kept_mask(about, ids, places, image) for image in range(len(images))]
-        for layer, places in kept.items()
-    }
-    write_whole(path, png_bytes(kept_sheet(images, about.grid, masks)))
+    about = model.program.info
+    seen = FAMILIES[about.family].pictures(about, inputs)
+    images = [seen_image(pixels, processor.image_processor) for pixels in seen]
+    masks = {int(layer): kept_masks(about, inputs, places) for layer, places in kept.items()}
+    write_whole(path, png_bytes(kept_sheet(images, masks)))
 
 
 def draw_curve(model: Any, inputs: dict[str, Any], path: Path) -> list[dict[str, Any]]:

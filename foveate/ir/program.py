@@ -57,7 +57,8 @@ class ModelInfo:
     paths: full weight names by short name: `embed` (token embedding) and so on. roles: what the family calls the
     linears of a decoder layer: q, k, v, o, gate, up, down. grid: rows and columns of an image's visual tokens.
     config: the Hugging Face configuration as a plain dictionary. patches_per_token: vision patches that become one
-    visual token, where the tower takes a batch's patches in one packed sequence.
+    visual token, where the tower takes a batch's patches in one packed sequence. video_token_id: what stands for a
+    video's tokens in a prompt, in families that take videos.
     """
 
     family: str
@@ -74,11 +75,17 @@ class ModelInfo:
     roles: dict[str, str]
     config: dict[str, Any]
     patches_per_token: int = 1
+    video_token_id: int | None = None
 
     @property
     def tokens_per_image(self) -> int:
         """Visual tokens that one image becomes."""
         return self.grid[0] * self.grid[1]
+
+    def visual(self, ids: Tensor) -> Tensor:
+        """Where tokens of an image or a video stand in ids: bool, of the same shape."""
+        image = ids == self.image_token_id
+        return image if self.video_token_id is None else image | (ids == self.video_token_id)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,23 @@ from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models.decoder import FUSED_ROLES, PATHS, ROLES, Decoder, sizes
 from foveate.models.recording import Inputs, Size
+from foveate.models.tiles import GIVEN, POSITION_AXES, images_in, layout, pictures, positions, vision_given
 
-__all__ = ["POSITION_AXES", "RUNS", "Decoder", "Vision", "describe", "tower_layers", "vision_inputs"]
+__all__ = [
+    "GIVEN",
+    "POSITION_AXES",
+    "Decoder",
+    "Vision",
+    "describe",
+    "images_in",
+    "layout",
+    "pictures",
+    "positions",
+    "tower_layers",
+    "vision_given",
+    "vision_inputs",
+]
 
-RUNS = False
-POSITION_AXES: tuple[int, ...] = ()
 
 DECODERS = {"llama": ROLES, "phi3": FUSED_ROLES, "qwen2": ROLES}
 """Decoders that are known, and what each calls its linears."""

@@ -11,14 +11,22 @@ from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
 from foveate.models.recording import Inputs, Size
+from foveate.models.tiles import GIVEN, POSITION_AXES, images_in, layout, pictures, positions, vision_given
 
-__all__ = ["POSITION_AXES", "RUNS", "Decoder", "Vision", "describe", "tower_layers", "vision_inputs"]
-
-RUNS = True
-"""Whether foveate can run such a model, and not only trace it."""
-
-POSITION_AXES: tuple[int, ...] = ()
-"""Axes of the position ids before [batch, sequence]."""
+__all__ = [
+    "GIVEN",
+    "POSITION_AXES",
+    "Decoder",
+    "Vision",
+    "describe",
+    "images_in",
+    "layout",
+    "pictures",
+    "positions",
+    "tower_layers",
+    "vision_given",
+    "vision_inputs",
+]
 
 
 class Vision(nn.Module):

@@ -10,11 +10,24 @@ from torch import Tensor, nn
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
+from foveate.models.packed import GIVEN, images_in, layout, pictures, positions, vision_given
 from foveate.models.recording import Inputs, Size
 
-__all__ = ["POSITION_AXES", "RUNS", "Decoder", "Vision", "describe", "tower_layers", "vision_inputs"]
+__all__ = [
+    "GIVEN",
+    "POSITION_AXES",
+    "Decoder",
+    "Vision",
+    "describe",
+    "images_in",
+    "layout",
+    "pictures",
+    "positions",
+    "tower_layers",
+    "vision_given",
+    "vision_inputs",
+]
 
-RUNS = False
 POSITION_AXES: tuple[int, ...] = (3,)
 
 GRID = (16, 16)
@@ -79,6 +92,7 @@ def describe(config: Any) -> ModelInfo:
         roles=dict(ROLES),
         config=config.to_dict(),
         patches_per_token=merged**2,
+        video_token_id=config.video_token_id,
     )
 
 

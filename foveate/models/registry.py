@@ -20,7 +20,7 @@ from foveate.models.decoder import decoder_inputs
 from foveate.models.recording import first_names, record_graph
 
 FAMILIES: dict[str, ModuleType] = {"llava": llava, "internvl": internvl, "qwen2_vl": qwen_vl}
-"""Hugging Face `model_type` -> the module that knows the family; those that run stand first."""
+"""Hugging Face `model_type` -> the module that knows the family."""
 
 
 def family_of(model: Any) -> ModuleType:
@@ -44,15 +44,6 @@ def family_of(model: Any) -> ModuleType:
             f"{type(model).__name__} has no language head; give the ...ForConditionalGeneration model"
         )
     return FAMILIES[kind]
-
-
-def check_runs(kind: str) -> None:
-    """Raise UnsupportedModelError unless foveate can run models of this family, and not only trace and cost them."""
-    if not FAMILIES[kind].RUNS:
-        able = ", ".join(sorted(name for name, family in FAMILIES.items() if family.RUNS))
-        raise UnsupportedModelError(
-            f"{kind} can be traced and costed (foveate cost), but not run yet; families that run: {able}"
-        )
 
 
 @collector_paused()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from foveate.ir.program import ModelInfo, outputs
+from foveate.models.registry import FAMILIES
 from foveate.ops import PAD
 
 
@@ -22,10 +23,20 @@ def kept_places(model: Any, inputs: Mapping[str, Any]) -> dict[int, list[list[in
     return {layer: [[int(p) for p in row if p != PAD] for row in places] for layer, places in kept.items()}
 
 
-def kept_mask(about: ModelInfo, input_ids: torch.Tensor, places: Sequence[int], image: int = 0) -> list[list[bool]]:
-    """Over the grid of one image of one prompt [S]: which of its tokens are in `places`."""
-    rows, columns = about.grid
-    visual = (input_ids == about.image_token_id).nonzero().flatten().tolist()
-    mine = visual[image * about.tokens_per_image : (image + 1) * about.tokens_per_image]
-    stay = set(places)
-    return [[mine[row * columns + column] in stay for column in range(columns)] for row in range(rows)]
+def kept_masks(about: ModelInfo, inputs: Mapping[str, Any], places: Sequence[int]) -> list[list[list[bool]]]:
+    """For each image, tile or frame of one prompt, over its grid: which of its tokens are in `places`.
+
+    inputs: what the processor made of that prompt alone.
+    """
+    ids = inputs["input_ids"]
+    image = about.visual(ids)
+    layout = FAMILIES[about.family].layout(about, inputs, ids[image], None)
+    stay = torch.isin(image[0].nonzero().flatten(), torch.tensor(list(places), dtype=torch.int64))
+    masks = []
+    for unit in layout.coords[:, 0].unique():
+        mine = (layout.coords[:, 0] == unit) & layout.patch
+        where = layout.coords[mine, 1:]
+        mask = torch.zeros(*(where.amax(0) + 1).tolist(), dtype=torch.bool)
+        mask[where[:, 0], where[:, 1]] = stay[mine]
+        masks.append(mask.tolist())
+    return masks

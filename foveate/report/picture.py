@@ -38,14 +38,15 @@ def seen_image(pixels: Tensor, processor: Any) -> Image.Image:
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 
 
-def kept_sheet(images: Sequence[Image.Image], grid: tuple[int, int], masks: Masks) -> Image.Image:
+def kept_sheet(images: Sequence[Image.Image], masks: Masks) -> Image.Image:
     """A row an image, a column a layer before which tokens are selected."""
     panels = []
     for number, image in enumerate(images):
         for layer, of_layer in masks.items():
-            stay = sum(map(sum, of_layer[number]))
-            caption = f"image {number + 1}, layer {layer}: {stay} of {grid[0] * grid[1]}"
-            panels.append(kept_tokens_png(image, grid, of_layer[number], caption, PANEL_SIDE))
+            mask = of_layer[number]
+            stay = sum(map(sum, mask))
+            caption = f"image {number + 1}, layer {layer}: {stay} of {len(mask) * len(mask[0])}"
+            panels.append(kept_tokens_png(image, mask, caption, PANEL_SIDE))
     width, height = (max(getattr(panel, side) for panel in panels) for side in ("width", "height"))
     sheet = Image.new("RGB", (width * len(masks), height * len(images)), PAPER)
     for place, panel in enumerate(panels):
@@ -53,21 +54,19 @@ def kept_sheet(images: Sequence[Image.Image], grid: tuple[int, int], masks: Mask
     return sheet
 
 
-def kept_tokens_png(
-    image: Image.Image, grid: tuple[int, int], kept_mask: Mask, caption: str, side: int = LEAST_SIDE
-) -> Image.Image:
-    """The image as the model sees it, in `grid` rows and columns; `kept_mask` [rows][columns]: what stays.
+def kept_tokens_png(image: Image.Image, kept_mask: Mask, caption: str, side: int = LEAST_SIDE) -> Image.Image:
+    """The image as the model sees it, divided as `kept_mask` [rows][columns] is, which says what stays.
 
-    Raises ValueError where the mask does not have the grid's shape.
+    Raises ValueError where the mask's rows are not equally long.
     """
-    rows, columns = grid
-    if len(kept_mask) != rows or any(len(row) != columns for row in kept_mask):
-        raise ValueError(f"the mask must have {rows} rows of {columns}, as the grid has")
+    rows, columns = len(kept_mask), len(kept_mask[0])
+    if any(len(row) != columns for row in kept_mask):
+        raise ValueError(f"every row of the mask must have {columns} columns")
     picture = _enlarge(image.convert("RGB"), side)
     dark = Image.eval(picture, lambda value: int(value * DARKER))
     shade = Image.new("L", picture.size, 255)
     draw = ImageDraw.Draw(shade)
-    boxes = {(r, c): _box(picture.size, grid, r, c) for r in range(rows) for c in range(columns)}
+    boxes = {(r, c): _box(picture.size, (rows, columns), r, c) for r in range(rows) for c in range(columns)}
     for (row, column), box in boxes.items():
         if kept_mask[row][column]:
             draw.rectangle(box, fill=0)

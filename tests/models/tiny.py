@@ -34,6 +34,7 @@ def qwen2_vl(device: str = "cpu", text: dict[str, Any] | None = None) -> Any:
         text_config={**TEXT, "rope_parameters": rope, **(text or {})},
         vision_config=tower,
         image_token_id=VOCAB - 1,
+        video_token_id=VOCAB - 2,
         tie_word_embeddings=False,
     )
     return build(config, device)
@@ -68,6 +69,9 @@ def build(config: Any, device: str = "cpu") -> Any:
         made = AutoModelForImageTextToText.from_config(config).eval()
         for parameter in made.parameters() if device != "meta" else ():
             nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.3)
+        if device != "meta":
+            with torch.no_grad():
+                made.lm_head.weight[-2:] = 0  # never the most likely token: those of images and videos
     return made
 
 

@@ -182,7 +182,7 @@ def _grouped(weights: Tensor, kv_heads: int) -> Tensor:
 
 def _forward(model: Any, inputs: Mapping[str, Tensor], masks: Masks, held: list[Held]) -> tuple[Tensor, _Evicting]:
     run = _Evicting(masks, _Tokens.of(model, inputs), held)
-    arguments = {**inputs, "position_ids": _positions(model, run.tokens.attended)}
+    arguments = {**inputs, "position_ids": _positions(model, inputs, run.tokens.attended)}
     with _installed(model, run):
         logits = model(**arguments, use_cache=False).logits
     rows = torch.arange(len(logits))

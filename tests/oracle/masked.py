@@ -80,7 +80,7 @@ def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor], masks: Masks) -> 
     run = _Run(masks, tokens)
     arguments = {"attention_mask": tokens.attended.long(), **inputs}
     if "position_ids" not in inputs:
-        arguments["position_ids"] = _positions(model, tokens.attended)
+        arguments["position_ids"] = _positions(model, inputs, tokens.attended)
     with _installed(model, run):
         logits = model(**arguments, use_cache=False).logits
     if run.layers_seen != len(_layers(model)):
@@ -112,7 +112,7 @@ def masked_greedy(
     produced: list[Tensor] = []
     for _ in range(new_tokens):
         token = masked_forward(model, inputs, masks).logits.argmax(-1)
-        if bool((token == _image_token(model)).any()):
+        if bool(_kinds(model, token).any()):
             raise ValueError("the model produced an image token, which would be taken for an image")
         produced.append(token)
         inputs, masks = _appended(inputs, masks, token)
@@ -130,7 +130,7 @@ class _Tokens:
     def of(cls, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> _Tokens:
         ids = inputs["input_ids"]
         attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-        return cls(attended, attended & (ids == _image_token(model)))
+        return cls(attended, attended & (_kinds(model, ids) > 0))
 
 
 class _Run:
@@ -344,14 +344,20 @@ def _layers(model: PreTrainedModel) -> Any:
     return _decoder(model).layers
 
 
-def _image_token(model: Any) -> int:
-    """The image token's id, or -1 (which no token has) for a model without images."""
-    return int(getattr(model.config, "image_token_id", -1))
+def _kinds(model: Any, ids: Tensor) -> Tensor:
+    """What each token is: 0 for text, 1 for an image's, 2 for a video's; int64 [B, S]."""
+    image, video = (getattr(model.config, f"{kind}_token_id", -1) for kind in ("image", "video"))
+    return (ids == image).long() + 2 * (ids == video)
 
 
-def _positions(model: Any, attended: Tensor) -> Tensor:
+def _positions(model: Any, inputs: Mapping[str, Tensor], attended: Tensor) -> Tensor:
+    """What transformers would count: for M-RoPE [3, B, S], by its own function."""
     if hasattr(model.model, "get_rope_index"):
-        raise NotImplementedError("this model's positions are not one number a token: pass position_ids")
+        ids = inputs["input_ids"]
+        grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        kinds = _kinds(model, ids).int()
+        found = model.model.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=attended.long(), **grids)
+        return found[0]
     return (attended.long().cumsum(dim=1) - 1).clamp(min=0)
 
 

@@ -12,7 +12,7 @@ from foveate.errors import FoveateWarning
 from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs, random_llava
 from foveate.report.figures import count, ms, percent, size, times
-from foveate.report.kept import kept_mask, kept_places
+from foveate.report.kept import kept_masks, kept_places
 from foveate.report.passes import report
 
 
@@ -65,7 +65,8 @@ def test_places_and_mask_of_kept_tokens(opt: OptimizedModel) -> None:
     assert list(kept) == [1]
     assert [len(row) for row in kept[1]] == [8, 8]
     for row in range(2):
-        mask = kept_mask(opt.program.info, inputs["input_ids"][row], kept[1][row])
+        own = {**inputs, "input_ids": inputs["input_ids"][row : row + 1], "pixel_values": inputs["pixel_values"][:1]}
+        (mask,) = kept_masks(opt.program.info, own, kept[1][row])
         flat = [value for line in mask for value in line]
         first = int((inputs["input_ids"][row] == opt.program.info.image_token_id).nonzero()[0])
         assert [first + place for place, stays in enumerate(flat) if stays] == kept[1][row]
@@ -74,9 +75,10 @@ def test_places_and_mask_of_kept_tokens(opt: OptimizedModel) -> None:
 def test_the_mask_of_the_second_image(opt: OptimizedModel) -> None:
     inputs = random_inputs(random_llava(layers=1), images=2)
     visual = (inputs["input_ids"][0] == opt.program.info.image_token_id).nonzero().flatten().tolist()
-    mask = kept_mask(opt.program.info, inputs["input_ids"][0], [visual[16], visual[0]], image=1)
-    assert mask[0] == [True, False, False, False]
-    assert not any(any(line) for line in mask[1:])
+    first, second = kept_masks(opt.program.info, inputs, [visual[16], visual[0]])
+    for mask in (first, second):
+        assert mask[0] == [True, False, False, False]
+        assert not any(any(line) for line in mask[1:])
 
 
 def test_without_selection_nothing_is_run_and_nothing_is_kept() -> None:

@@ -11,6 +11,8 @@ import torch
 
 from foveate import ops, streams
 from foveate.errors import InputError
+from foveate.ir import layout
+from foveate.models import tiles
 from foveate.runner.prompts import NOWHERE, PAD, Images, Vocabulary, arrange
 from tests.ir.programs import TOKENS, weightless
 
@@ -19,7 +21,7 @@ ABOUT = Vocabulary(INFO.image_token_id, TOKENS, INFO.grid[1], 64, 100)
 
 
 def test_padding_is_that_of_torch() -> None:
-    assert (PAD, NOWHERE) == (ops.PAD, streams.NOWHERE)
+    assert (PAD, NOWHERE) == (ops.PAD, layout.NOWHERE)
 
 
 def drawn(rng: np.random.Generator) -> tuple[Any, ...]:
@@ -52,17 +54,20 @@ def drawn(rng: np.random.Generator) -> tuple[Any, ...]:
 def test_streams_are_those_of_torch(seed: int) -> None:
     ids, mask, positions, images = drawn(np.random.default_rng(seed))
     given = [None if x is None else torch.from_numpy(x) for x in (ids, mask, positions)]
-    seen = None
+    out = None
     if images is not None:
-        parts = [None if x is None else torch.from_numpy(x) for x in (images.features, images.source, images.count)]
-        seen = streams.Images(*parts)
-    expected = streams.arrange(INFO, given[0], *streams.shorten(INFO, *given, seen), seen)
+        parts = {"out": images.features, "source": images.source, "count": images.count}
+        out = {name: torch.from_numpy(value) for name, value in parts.items() if value is not None}
+    image = INFO.visual(given[0])
+    placed = tiles.layout(INFO, {}, given[0][image], out)
+    expected = streams.arrange(given[0], image, placed, *streams.shorten(given[0], image, placed, *given[1:]))
     found = arrange(ABOUT, ids, mask, positions, images)
     for name in ("visual", "text"):
         for part in ("index", "order", "position_ids"):
             a, b = getattr(getattr(expected, name), part), getattr(getattr(found, name), part)
             assert np.array_equal(a.numpy(), b), (name, part)
-    for name in ("image", "feature", "origin", "next_position", "coords"):
+    assert np.array_equal(expected.origin[image].numpy(), found.origin[image.numpy()])
+    for name in ("image", "feature", "next_position", "coords"):
         assert np.array_equal(getattr(expected, name).numpy(), getattr(found, name)), name
 
 

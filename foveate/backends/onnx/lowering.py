@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, fx
 
 from foveate.backends.adapters import adapter_layers
-from foveate.backends.base import Runner
+from foveate.backends.base import Inputs, Runner
 from foveate.errors import BackendError
 from foveate.ir.program import Program
-
-if TYPE_CHECKING:
-    from foveate.backends.onnx.session import Seen
 
 _ROWS = re.compile(r"(.*)\[(\d+):(\d+)\]")
 
@@ -36,16 +34,37 @@ def lower(program: Program, graph: fx.Graph, name: str) -> Runner:
     return runner(open_memory(model, {label: _weight(program, label) for label in external}), name, graph)
 
 
-def open_package(program: Program, folder: Path, seen: Seen | None = None) -> dict[str, Runner]:
-    """A runner for each graph of a program, from the files of the package that it was exported to.
-
-    seen: as `foveate.backends.onnx.session.runner` takes it.
-    """
+def open_package(program: Program, folder: Path) -> dict[str, Runner]:
+    """A runner for each graph of a program, from the files of the package that it was exported to."""
     from foveate.backends.onnx.names import FILES
     from foveate.backends.onnx.session import open_file, runner
 
     _check(program)
-    return {name: runner(open_file(folder / FILES[name]), name, graph, seen) for name, graph in program.graphs.items()}
+    return {name: runner(open_file(folder / FILES[name]), name, graph) for name, graph in program.graphs.items()}
+
+
+Seen = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+"""Graph -> the arrays that it was last given, and those that it answered, by their names in a package."""
+
+
+def recorded(program: Program, runners: Mapping[str, Runner], seen: Seen) -> dict[str, Runner]:
+    """The same runners, of any backend, which keep in `seen` what each was last asked and what it answered."""
+    from foveate.backends.onnx.names import input_name, named_values
+    from foveate.backends.onnx.session import as_array
+
+    def keeping(name: str, graph: fx.Graph) -> Runner:
+        given = [str(n.target) for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)]
+
+        def run(inputs: Inputs) -> dict[str, Any]:
+            # Copies: a cache may grow within the memory of what was given.
+            asked = {input_name(name, inner): as_array(inputs[inner]).copy() for inner in given}
+            returned = runners[name](inputs)
+            seen[name] = asked, {n: as_array(v).copy() for n, v in named_values(name, graph, returned).items()}
+            return returned
+
+        return run
+
+    return {name: keeping(name, graph) for name, graph in program.graphs.items()}
 
 
 def _check(program: Program) -> None:

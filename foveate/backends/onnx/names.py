@@ -100,6 +100,24 @@ def rebuilt(graph: str, of: fx.Graph, found: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def named_values(graph: str, of: fx.Graph, returned: dict[str, Any]) -> dict[str, Any]:
+    """What a program's graph returned, by the names in a package; the reverse of `rebuilt`."""
+    by_node: dict[fx.Node, Any] = {}
+
+    def pair(node: Any, value: Any) -> None:
+        if isinstance(node, fx.Node):
+            by_node[node] = value
+        elif isinstance(node, dict):
+            for name, child in node.items():
+                pair(child, value[name])
+        elif isinstance(node, (list, tuple)):
+            for child, part in zip(node, value, strict=True):
+                pair(child, part)
+
+    pair(outputs(of), returned)
+    return {label: by_node[node] for label, node in named_outputs(graph, of).items()}
+
+
 def axis_name(size: Any, names: Mapping[Any, str]) -> str:
     """A symbolic size by the program's names, as every tool takes it: `floor_0_5_visual_tokens`."""
     return re.sub(r"\W+", "_", size_text(size, names)).strip("_")

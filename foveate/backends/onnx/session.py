@@ -33,30 +33,22 @@ def open_memory(model: Any, weights: Mapping[str, Tensor]) -> Any:
         raise BackendError(f"ONNX Runtime does not take this graph: {runtime.first_line(error)}") from None
 
 
-Seen = dict[str, tuple[dict[str, Any], dict[str, Any]]]
-"""Graph -> the arrays that it was last given, and those that it answered, by their names in a package."""
-
-
-def runner(session: Any, name: str, graph: fx.Graph, seen: Seen | None = None) -> Runner:
-    """A program's graph as ONNX Runtime runs it: torch tensors in and out, which share their memory with its own.
-
-    seen: where to keep what it was asked, and what it answered.
-    """
+def runner(session: Any, name: str, graph: fx.Graph) -> Runner:
+    """A program's graph as ONNX Runtime runs it: torch tensors in and out, which share their memory with its own."""
     taken = {each.name for each in session.get_inputs()}
     given = {str(node.target): input_name(name, str(node.target)) for node in graph.nodes if node.op == "placeholder"}
     wanted = [each.name for each in session.get_outputs()]
 
     def run(inputs: Inputs) -> dict[str, Any]:
-        feed = {outer: _array(inputs[inner]) for inner, outer in given.items() if outer in taken}
+        feed = {outer: as_array(inputs[inner]) for inner, outer in given.items() if outer in taken}
         found = dict(zip(wanted, session.run(wanted, feed), strict=True))
-        if seen is not None:
-            seen[name] = feed, found
         return rebuilt(name, graph, {label: torch.from_numpy(value) for label, value in found.items()})
 
     return run
 
 
-def _array(value: Any) -> np.ndarray[Any, Any]:
+def as_array(value: Any) -> np.ndarray[Any, Any]:
+    """What ONNX Runtime takes for a tensor; it has the tensor's memory, where that is contiguous and a CPU's."""
     assert isinstance(value, Tensor)  # numbers are no inputs of ONNX graphs
     array: np.ndarray[Any, Any] = value.detach().cpu().contiguous().numpy()
     return array

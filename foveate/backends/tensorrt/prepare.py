@@ -165,10 +165,12 @@ def _references(
         if name not in models:
             raise ArtifactError(f"references are for {name}; the graphs are {', '.join(models)}")
         graph = models[name].graph
-        for given, there in ((inputs, graph.input), (outputs, graph.output)):
-            if set(given) != {info.name for info in there}:
+        taken = {info.name for info in graph.input}  # an input that nothing reads was left out of the graph
+        for given, there in ((taken & set(inputs), graph.input), (set(outputs), graph.output)):
+            if given != {info.name for info in there}:
                 raise ArtifactError(f"references of {name} must be for {', '.join(i.name for i in there)}")
-        files |= {f"{name}.in.json": inputs_json(inputs), f"{name}.out.json": outputs_json(outputs)}
+        asked = {label: value for label, value in inputs.items() if label in taken}
+        files |= {f"{name}.in.json": inputs_json(asked), f"{name}.out.json": outputs_json(outputs)}
     return files
 
 

@@ -1,0 +1,174 @@
+"""Running families whose images and videos have grids of their own: a batch's patches stand in one packed sequence."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from foveate.errors import InputError
+from foveate.ir.layout import Layout
+from foveate.ir.program import ModelInfo
+from foveate.models.tiles import Given
+
+GIVEN = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
+"""What such a family takes beside input ids and attention mask; the last tells what the ids tell too."""
+
+KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+"""What comes of images, and of videos: patches, and frames, rows and columns of them."""
+
+
+def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
+    """What the vision graph takes, the patches of images before those of videos; None where there are neither.
+
+    Raises InputError for patches that do not fit their grids.
+    """
+    patches, grids = [], []
+    vision = info.config["vision_config"]
+    width = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    merge = _merge(info)
+    for pixels_name, grid_name in KINDS:
+        pixels, grid = given.get(pixels_name), given.get(grid_name)
+        if pixels is None and grid is None:
+            continue
+        if pixels is None or grid is None:
+            raise InputError(f"{pixels_name} and {grid_name} belong together: give both, as the processor returns them")
+        if grid.dim() != 2 or grid.shape[1] != 3 or pixels.dim() != 2 or pixels.shape[1] != width:
+            raise InputError(
+                f"{grid_name} has shape {tuple(grid.shape)} and {pixels_name} {tuple(pixels.shape)}; this model takes "
+                f"[images, 3] and [patches, {width}]"
+            )
+        if bool((grid < 1).any()) or bool((grid[:, 1:] % merge).any()) or int(grid.prod(1).sum()) != len(pixels):
+            raise InputError(
+                f"{grid_name} {grid.tolist()} makes {int(grid.prod(1).sum())} patches, and {pixels_name} holds "
+                f"{len(pixels)}; sides must be divisible by {merge}"
+            )
+        patches.append(pixels)
+        grids.append(grid)
+    if not patches or not sum(map(len, patches)):
+        return None
+    frames = _frames(torch.cat(grids))
+    lengths = frames.prod(1).cumsum(0)
+    places = torch.cat([_patches(height, width, merge) for height, width in frames.tolist()])
+    return {
+        "pixel_values": torch.cat(patches),
+        "patch_positions": places.to(lengths.device),
+        "cu_seqlens": torch.nn.functional.pad(lengths, (1, 0)).int(),
+    }
+
+
+def layout(info: ModelInfo, given: Given, kinds: Tensor, out: Mapping[str, Tensor] | None) -> Layout:
+    """What stands at the image and video tokens `kinds` [P]; every frame of a video has a grid of its own.
+
+    Raises InputError where images and videos are not as many tokens as the prompts hold.
+    """
+    video = torch.zeros_like(kinds, dtype=torch.bool) if info.video_token_id is None else kinds == info.video_token_id
+    feature, coords = torch.zeros_like(kinds), kinds.new_zeros(len(kinds), 3)
+    tokens = units = 0
+    for (_, grid_name), mine, name in zip(KINDS, (~video, video), ("image", "video"), strict=True):
+        frames = _frames(_tokens(info, given, grid_name))
+        count = int(frames.prod(1).sum())
+        if int(mine.sum()) != count:
+            raise InputError(
+                f"the prompts hold {int(mine.sum())} {name} tokens, and {grid_name} makes {count}: let the processor "
+                f"see each {name} with its prompt"
+            )
+        if count:
+            places = [_raster(units + i, height, width) for i, (height, width) in enumerate(frames.tolist())]
+            coords[mine] = torch.cat(places).to(kinds.device)
+            feature[mine] = torch.arange(tokens, tokens + count, device=kinds.device)
+        tokens, units = tokens + count, units + len(frames)
+    return Layout(feature, coords, torch.ones_like(video))
+
+
+def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
+    """Pixels [3, height, width] of each image and frame, as the tower sees them; of two frames in one, the first."""
+    vision, merge = info.config["vision_config"], _merge(info)
+    side, found = vision["patch_size"], []
+    for pixels_name, grid_name in KINDS:
+        if given.get(grid_name) is None:
+            continue
+        frames = _frames(given[grid_name].cpu()).tolist()
+        packed = given[pixels_name].split([height * width for height, width in frames])
+        for (height, width), patches in zip(frames, packed, strict=True):
+            blocks = patches.view(height // merge, width // merge, merge, merge, 3, -1, side, side)[..., 0, :, :]
+            found.append(blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * side, width * side))
+    return found
+
+
+def positions(info: ModelInfo, given: Given, ids: Tensor, real: Tensor) -> Tensor:
+    """Positions int64 [3, B, S] of M-RoPE (Qwen2-VL, arXiv 2409.12191, section 2.1): time, row and column.
+
+    Text counts on by one in all three. A visual token stands at where its image begins plus its frame, row and column,
+    and the text behind goes on as far as the longer side reached.
+    """
+    queues = {name: iter(_tokens(info, given, name).tolist()) for _, name in KINDS}
+    found = torch.zeros(3, *ids.shape, dtype=torch.int64)
+    visual = info.visual(ids)
+    for row, there in enumerate(real.cpu()):
+        tokens = ids[row, there].tolist()
+        seen = visual[row, there].nonzero().flatten().tolist()
+        pieces, at, start = [torch.zeros(3, 0, dtype=torch.int64)], 0, 0
+        while at < len(tokens):
+            place = bisect.bisect_left(seen, at)
+            if place == len(seen) or seen[place] > at:
+                size = advance = (seen[place] if place < len(seen) else len(tokens)) - at
+                pieces.append(start + torch.arange(size).expand(3, -1))
+            else:
+                frames, height, width = next(queues[KINDS[tokens[at] == info.video_token_id][1]], (0, 0, 0))
+                size, advance = frames * height * width, max(height, width)
+                if len(set(tokens[at : at + size])) != 1 or len(tokens) < at + size:
+                    raise InputError(f"row {row}: an image or video has fewer tokens in the prompt than its grid says")
+                axes = [torch.arange(side) for side in (frames, height, width)]
+                pieces.append(start + torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
+            at, start = at + size, start + advance
+        found[:, row, there] = torch.cat(pieces, dim=1)
+    return found.to(ids.device)
+
+
+def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
+    """How many rows of what is given belong to each prompt of ids [B, S], by name."""
+    counts: dict[str, list[int]] = {"mm_token_type_ids": [1] * len(ids)}
+    for (pixels_name, grid_name), token in zip(KINDS, (info.image_token_id, info.video_token_id), strict=True):
+        sizes = _tokens(info, given, grid_name).prod(1).cumsum(0)
+        ends = torch.eq(ids, -1 if token is None else token).sum(1).cumsum(0).cpu()
+        upto = [0, *torch.searchsorted(sizes, ends, right=True).tolist()]
+        patches = torch.nn.functional.pad(sizes, (1, 0))[upto] * info.patches_per_token
+        counts[grid_name] = [b - a for a, b in itertools.pairwise(upto)]
+        counts[pixels_name] = patches.diff().tolist()
+    return {name: each for name, each in counts.items() if name in given and len(given[name]) == sum(each)}
+
+
+def _tokens(info: ModelInfo, given: Given, name: str) -> Tensor:
+    """Frames, rows and columns of visual tokens of each image or video: int64 [I, 3]."""
+    grid = given.get(name)
+    if grid is None:
+        return torch.zeros(0, 3, dtype=torch.int64)
+    return grid.cpu() // torch.tensor([1, _merge(info), _merge(info)])
+
+
+def _frames(grids: Tensor) -> Tensor:
+    """Rows and columns of each frame: [frames of all, 2]."""
+    return grids[:, 1:].repeat_interleave(grids[:, 0], dim=0)
+
+
+def _patches(height: int, width: int, merge: int) -> Tensor:
+    """Row and column of a frame's patches, those that become one token together: int64 [height * width, 2]."""
+    sizes = (height // merge, width // merge, merge, merge)
+    rows = torch.arange(height).view(sizes[0], 1, merge, 1).expand(sizes)
+    columns = torch.arange(width).view(1, sizes[1], 1, merge).expand(sizes)
+    return torch.stack([rows.flatten(), columns.flatten()], dim=1)
+
+
+def _raster(unit: int, height: int, width: int) -> Tensor:
+    """Unit, row and column of a frame's tokens: int64 [height * width, 3]."""
+    place = torch.arange(height * width)
+    return torch.stack([torch.full_like(place, unit), place // width, place % width], dim=1)
+
+
+def _merge(info: ModelInfo) -> int:
+    """Patches a side that become one token."""
+    return int(info.config["vision_config"]["spatial_merge_size"])

@@ -1,0 +1,133 @@
+"""From what a model's processor returns to what its graphs take: the tower runs, and the prompts come apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from foveate.backends.base import Runner
+from foveate.errors import InputError
+from foveate.ir.program import Program
+from foveate.labels import NO_LABEL, next_labels
+from foveate.models.registry import FAMILIES
+from foveate.streams import Streams, arrange, check_prompts, shorten
+
+TEXT = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts: ids, mask and positions as transformers takes them, and what was given for their images.
+
+    given: what the family's processor makes beside (`pixel_values` and so on), and fp32 [images, P] `questions`.
+    """
+
+    input_ids: Tensor
+    given: Mapping[str, Tensor]
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @classmethod
+    def of(cls, program: Program, made: Mapping[str, Any]) -> Prompts:
+        """From what a processor made; InputError for what no prompt of this family has."""
+        takes = FAMILIES[program.info.family].GIVEN
+        there = {name: value for name, value in made.items() if value is not None}
+        unknown = sorted(set(there) - {*TEXT, "questions", *takes})
+        if unknown:
+            raise InputError(
+                f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, {', '.join(takes)}, "
+                "attention_mask, position_ids, cache (past_key_values), use_cache, labels and questions"
+            )
+        if "input_ids" not in there:
+            raise InputError("input_ids is missing: give what the model's processor returns")
+        text = {name: there.pop(name) for name in TEXT if name in there}
+        return cls(given=there, **text)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a prefill or training graph takes, by name, and the prompts in streams.
+
+    following: int64 [B, S], the label that each token should predict, where there are labels.
+    """
+
+    inputs: dict[str, Tensor | int]
+    streams: Streams
+    following: Tensor | None = None
+
+
+def prepare(program: Program, run: Mapping[str, Runner], prompts: Prompts, labels: Tensor | None = None) -> Prepared:
+    """Run the tower over the images of a batch, and take its prompts apart; InputError where they do not fit."""
+    about, ids = program.info, prompts.input_ids
+    family = FAMILIES[about.family]
+    check_prompts(ids, prompts.attention_mask, prompts.position_ids, family.POSITION_AXES)
+    image = about.visual(ids)
+    out = _seen(program, run, prompts.given)
+    layout = family.layout(about, prompts.given, ids[image], out)
+    positions = prompts.position_ids
+    if positions is None:
+        real = torch.ones_like(image) if prompts.attention_mask is None else prompts.attention_mask.bool()
+        positions = family.positions(about, prompts.given, ids, real)
+    mask, positions = shorten(ids, image, layout, prompts.attention_mask, positions)
+    following = None if labels is None else next_labels(ids, mask, labels)
+    asked = None if following is None else following != NO_LABEL
+    streams = arrange(ids, image, layout, mask, positions, asked)
+    return Prepared(_inputs(program, ids, streams, out), streams, following)
+
+
+def _seen(program: Program, run: Mapping[str, Runner], given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """What the tower makes of all images of a batch: `out`, `source`, `count`; None if there is none."""
+    asked = next((n for n in program.graphs["vision"].nodes if n.name == "questions"), None)
+    if asked is None and "questions" in given:
+        raise InputError("this model chooses nothing by a question; leave questions out")
+    found = FAMILIES[program.info.family].vision_given(program.info, given)
+    if found is None:
+        return None
+    inputs: dict[str, Tensor | int] = {n: v.to(program.dtype) if v.is_floating_point() else v for n, v in found.items()}
+    if asked is not None:
+        questions, wanted = given.get("questions"), (len(found["pixel_values"]), asked.meta["val"].shape[1])
+        if questions is None or tuple(questions.shape) != wanted:
+            there = "none" if questions is None else f"{list(questions.shape)}"
+            raise InputError(
+                f"this model chooses visual tokens by the question: give questions={list(wanted)}, one row an "
+                f"image, as foveate.questions makes them; there is {there}"
+            )
+        inputs["questions"] = questions.to(program.weights.device(), torch.float32)
+    out = run["vision"](inputs)
+    if "vision_rest" in run:
+        left = out["source"][:, : int(out["count"].max())]
+        out = run["vision_rest"]({"hidden": out["out"], "places": left, "count": out["count"]})
+    return out
+
+
+def _inputs(program: Program, ids: Tensor, streams: Streams, out: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    text = embed(program, ids.gather(1, streams.text.index))
+    if out is None or not out["out"].numel():
+        visual = text.new_zeros(text.shape[0], 0, text.shape[2])
+    else:
+        flat = out["out"].flatten(0, -2)
+        visual = flat[streams.feature.gather(1, streams.visual.index)]
+        # The last visual token of a prompt that ends in an image travels with the text, as does what is no patch.
+        moved = streams.image.gather(1, streams.text.index) & (streams.text.order >= 0)
+        text = torch.where(moved[..., None], flat[streams.feature.gather(1, streams.text.index)], text)
+    inputs = {"visual": visual, "text": text, "prefix": streams.prefix}
+    inputs |= {"visual_coords": streams.coords, "grids": streams.grids}
+    for name, stream in {"visual": streams.visual, "text": streams.text}.items():
+        inputs[f"{name}_position_ids"] = stream.position_ids
+        inputs[f"{name}_order"] = stream.order
+    return inputs
+
+
+def embed(program: Program, ids: Tensor) -> Tensor:
+    """Embeddings [B, n, D] of tokens [B, n]; of an image token, any that visual embeddings will replace."""
+    table = program.weights.get(program.info.paths["embed"])
+    # The image token may lie outside the table.
+    safe = torch.where(program.info.visual(ids), 0, ids)
+    if safe.device.type == "cpu" and safe.numel() and not 0 <= int(safe.min()) <= int(safe.max()) < len(table):
+        raise InputError(f"input_ids holds {int(safe.max())}; the vocabulary has {len(table)} tokens, numbered from 0")
+    return embedding(safe, table)
