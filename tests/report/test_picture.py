@@ -53,5 +53,5 @@ def test_a_long_caption_is_broken_into_lines_that_fit() -> None:
 
 @pytest.mark.parametrize("mask", [[[True, False], [True]], [[True], [False, False]]])
 def test_a_mask_that_is_no_grid_is_refused(mask: list[list[bool]]) -> None:
-    with pytest.raises(ValueError, match="every row of the mask must have [12] columns"):
+    with pytest.raises(ValueError, match=r"every row of the mask must have [12] columns"):
         picture(mask)
