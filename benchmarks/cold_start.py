@@ -27,6 +27,7 @@ MODELS = {"digits": "fastv{layer=3,keep=0.5},cut-visual{from_layer=8}", "decoder
 LINES = (
     ("eager", "eager", ""),
     ("ONNX Runtime, exported", "onnx", ""),
+    ("the same over numpy, without torch", "np", ""),
     ("AOTInductor, warm cache", "aoti", ""),
     ("torch.compile, cold cache", "inductor", "cold"),
     ("torch.compile, warm cache", "inductor", "warm"),
@@ -39,31 +40,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=3, metavar=("FOLDER", "BACKEND", "STARTED"), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--no-aoti", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--repeat", type=int, default=3, help="processes for each line, but for a cold cache, which is one"
     )
     parser.add_argument("--quick", action="store_true", help="a small decoder alone, one process a line; needs -o")
+    parser.add_argument("--only", choices=[name for name, *_ in LINES], help="renew one line of the results")
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     args = parser.parse_args()
     if args.one or args.make:
-        print(json.dumps(first_token(*args.one, args.threads) if args.one else make(*args.make, args.quick)))
+        print(json.dumps(one(*args.one, args.threads) if args.one else make(*args.make, args.quick, args.no_aoti)))
         return
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its times mean nothing and must not replace the results")
-    rows: list[dict[str, Any]] = []
+    target: Path = args.output or RESULTS
+    file = target / "cold-start.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if args.only else []
+    rows = [row for row in rows if row["line"] != args.only]
     options = ["--threads", str(args.threads), *(["--quick"] if args.quick else [])]
+    options += ["--no-aoti"] if args.only and "AOT" not in args.only else []
     environment: dict[str, Any] = {}
     for model in ["decoder"] if args.quick else MODELS:
         with tempfile.TemporaryDirectory() as folder:
             built = apart(["--make", model, folder, *options], Path(folder))
             environment = built.pop("environment")
             for line in LINES:
-                rows.append(measure(model, line, Path(folder), options, 1 if args.quick else args.repeat))
-            rows.append({"model": model, "line": "build", **built})
+                if args.only in (None, line[0]):
+                    rows.append(measure(model, line, Path(folder), options, 1 if args.quick else args.repeat))
+            if not args.only:
+                rows.append({"model": model, "line": "build", **built})
+    order = [name for name, *_ in LINES]
+    rows.sort(key=lambda row: ([*MODELS].index(row["model"]), [*order, "build"].index(row["line"])))
     result = {"threads": args.threads, "quick": args.quick, "environment": environment, "rows": rows}
-    target: Path = args.output or RESULTS
-    replace(target / "cold-start.json", json.dumps(result, indent=2) + "\n")
+    replace(file, json.dumps(result, indent=2) + "\n")
     replace(target / "cold-start.md", markdown(result))
     print(markdown(result))
 
@@ -71,7 +81,7 @@ def main() -> None:
 def measure(model: str, line: tuple[str, str, str], folder: Path, options: list[str], repeat: int) -> dict[str, Any]:
     """The medians of some processes; a cold cache is filled by the first, so there is one of those."""
     name, backend, state = line
-    source = folder / (backend if backend in ("onnx", "aoti") else "saved")
+    source = folder / {"np": "onnx"}.get(backend, backend if backend in ("onnx", "aoti") else "saved")
     runs = [
         apart(["--one", str(source), backend, repr(time.time()), *options], folder)
         for _ in range(1 if state == "cold" else repeat)
@@ -90,7 +100,7 @@ def apart(arguments: list[str], folder: Path) -> dict[str, Any]:
     return found
 
 
-def make(name: str, folder: str, quick: bool) -> dict[str, Any]:
+def make(name: str, folder: str, quick: bool, no_aoti: bool) -> dict[str, Any]:
     """Save a model and export it for both runtimes; the seconds that took."""
     import foveate
     from foveate.machine import environment
@@ -104,12 +114,40 @@ def make(name: str, folder: str, quick: bool) -> dict[str, Any]:
     begun = time.perf_counter()
     foveate.export(optimized, output=target / "onnx", verify=False)
     onnx_s = time.perf_counter() - begun
+    if no_aoti:
+        return {"environment": environment()}
     built = foveate.export(optimized, backend="aoti", output=target / "aoti", verify=False).compiled
     return {"onnx_export_s": onnx_s, "aoti": built.to_json(), "environment": environment()}
 
 
-def first_token(folder: str, backend: str, started: str, threads: int) -> dict[str, Any]:
+def one(folder: str, backend: str, started: str, threads: int) -> dict[str, float]:
     """Seconds from `started`, a time of the clock, until foveate is imported, a model loaded, and two tokens made."""
+    return (first_array if backend == "np" else first_token)(folder, backend, started, threads)
+
+
+def first_array(folder: str, backend: str, started: str, threads: int) -> dict[str, float]:
+    """The same over numpy arrays; threads are ONNX Runtime's own choice."""
+    import numpy as np
+
+    import foveate
+
+    seconds = {"import_s": time.time() - float(started)}
+    model = foveate.load(folder, tensors="np")
+    assert "torch" not in sys.modules
+    config = json.loads((Path(folder) / "config.json").read_text())["vision_config"]
+    seconds["loaded_s"] = time.time() - float(started)
+    about, size = model.about, config["image_size"]
+    ids = np.array([[1, 5, *[about.image_token_id] * about.tokens_per_image, 6, 7, 8]])
+    out = model(input_ids=ids, pixel_values=np.zeros((1, 3, size, size), np.float32))
+    token = out.logits[:, -1:].argmax(-1)
+    seconds["first_token_s"] = time.time() - float(started)
+    model(input_ids=token, cache=out.cache).logits.argmax(-1)
+    seconds["second_token_s"] = time.time() - float(started)
+    return seconds
+
+
+def first_token(folder: str, backend: str, started: str, threads: int) -> dict[str, float]:
+    """See `one`; over torch tensors."""
     import torch
 
     import foveate

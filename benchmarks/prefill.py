@@ -20,7 +20,7 @@ RUNS = (
     ("fastv{layer=2,keep=0.25}", 1),
 )
 """Passes, and prompts at once."""
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager", "inductor", "onnx")
 FULL = {
     "layers": 12,
     "hidden": 1024,

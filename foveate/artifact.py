@@ -125,7 +125,8 @@ def add_graphs(work: Path, names: Sequence[str], model: OptimizedModel) -> None:
 
     What `foveate.runner` must know of prompts stands beside them, so that it need not understand configurations.
     """
-    _amend(work, backend="onnx", prompts=prompts_of(model), files={name: sha256(work / name) for name in names})
+    told = {"prompts": prompts_of(model)} if FAMILIES[model.program.info.family].UNIFORM else {}
+    _amend(work, backend="onnx", files={name: sha256(work / name) for name in names}, **told)
 
 
 def prompts_of(model: OptimizedModel) -> dict[str, int]:
@@ -143,6 +144,11 @@ def prompts_of(model: OptimizedModel) -> dict[str, int]:
 def mark_compiled(work: Path) -> None:
     """Say in the manifest of a folder just written that it runs by code compiled for it, which lies in a cache."""
     _amend(work, backend="aoti", files={})
+
+
+def mark_tensorrt(work: Path, status: str, missing: Sequence[str]) -> None:
+    """Say in the manifest of a folder just written how far TensorRT got: built, or prepared, and what was missing."""
+    _amend(work, files={}, tensorrt={"status": status, "missing": list(missing)})
 
 
 def _amend(work: Path, files: dict[str, str], **entries: Any) -> None:

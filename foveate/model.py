@@ -23,6 +23,7 @@ from foveate.labels import Asked, asked_of
 from foveate.models.registry import FAMILIES
 from foveate.ops import PAD
 from foveate.prompts import Prompts, embed, prepare
+from foveate.ragged import run_in_groups
 from foveate.steps import Capture, captured, cuda_graph
 from foveate.streams import Streams
 
@@ -143,7 +144,9 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         cache: VisualTextCache | None,
         use_cache: bool,
     ) -> NextToken:
-        out = self._run["prefill"](inputs)
+        # What evicts keys leaves as many in every row of a run, so a batch of those is one run.
+        evicts = bool(outputs(self.program.prefill).get("held"))
+        out = self._run["prefill"](inputs) if evicts else run_in_groups(self._run["prefill"], inputs)
         held = out.get("held", {})
         if use_cache:
             cache = cache if isinstance(cache, VisualTextCache) else VisualTextCache()

@@ -29,6 +29,7 @@ from foveate.backends.onnx.lowering import Seen, open_package, recorded
 from foveate.errors import BackendError, InputError, ParityError
 from foveate.ir.program import ModelInfo
 from foveate.model import OptimizedModel
+from foveate.models.registry import FAMILIES
 
 BACKENDS = ("onnx", "tensorrt", "aoti")
 
@@ -132,14 +133,16 @@ def export(
         raise BackendError(f"for serving there is triton, over the backend onnx; not {serving} over {backend}")
     with artifact.new_folder(folder) as work:
         artifact.write_model(model, work)
-        lowered, compiled = _compile(model, work) if backend == "aoti" else (_write(model, work), None)
+        lowered, compiled = _compile(model, work) if backend == "aoti" else (_write(model, work, backend), None)
         runs_by = "aoti" if backend == "aoti" else "onnx"
         parity = check(model, _as(model, runs_by, lowered)) if verify else None
         if parity is not None and not parity.ok:
             raise ParityError(f"the exported graphs do not agree with torch, so nothing was written: {parity}")
         exported = Exported(folder, backend, {}, parity, compiled=compiled)
         if backend == "tensorrt":
-            exported = replace(exported, tensorrt=prepare_tensorrt(model, work, sizes or {}))
+            status = prepare_tensorrt(model, work, sizes or {})
+            artifact.mark_tensorrt(work, status.status, status.missing)
+            exported = replace(exported, tensorrt=status)
         if serving is not None:
             from foveate.serving.triton import write
 
@@ -149,15 +152,17 @@ def export(
     return replace(exported, bytes=sizes_of)
 
 
-def _write(model: OptimizedModel, work: Path) -> Lowered:
+def _write(model: OptimizedModel, work: Path, backend: str) -> Lowered:
     """Write ONNX files into a folder that holds the weights; what opens them."""
     try:
-        from foveate.backends.onnx.package import write_graphs
+        from foveate.backends.onnx.package import BLOCKS, write_graphs
     except ImportError:
         raise BackendError(
             "exporting to ONNX needs the packages of foveate[onnx]: pip install 'foveate[onnx]'"
         ) from None
-    artifact.add_graphs(work, write_graphs(model.program, work), model)
+    # TensorRT has attention kernels of its own, which skip what a mask hides or do not mind.
+    blocks = 1 if backend == "tensorrt" else BLOCKS
+    artifact.add_graphs(work, write_graphs(model.program, work, blocks), model)
     return lambda: open_package(model.program, work)
 
 
@@ -238,19 +243,18 @@ def check(model: OptimizedModel, packaged: OptimizedModel) -> Parity:
 def prompts(info: ModelInfo, vocabulary: int, counts: tuple[int, ...], seed: int) -> dict[str, Tensor]:
     """A batch of random prompts, a row for each number of images, padded on the left."""
     generator = torch.Generator().manual_seed(SEED + seed)
-    rows = []
+    sizes, given = FAMILIES[info.family].sample(info, sum(counts), generator)
+    left, rows = iter(sizes), []
     for number, images in enumerate(counts):
         text = torch.randint(0, vocabulary, (7 + 3 * images + number,), generator=generator)
-        text = torch.where(text == info.image_token_id, (text + 1) % vocabulary, text)
+        while bool(info.visual(text).any()):
+            text = torch.where(info.visual(text), (text + 1) % vocabulary, text)
         parts = [text[:2]]
         for image in range(images):
-            parts += [torch.full((info.tokens_per_image,), info.image_token_id), text[2 + image : 3 + image]]
+            parts += [torch.full((next(left),), info.image_token_id), text[2 + image : 3 + image]]
         rows.append(torch.cat([*parts, text[2 + images :]]))
     width = max(map(len, rows))
     pads = [width - len(row) for row in rows]
     ids = torch.stack([torch.nn.functional.pad(row, (pad, 0)) for row, pad in zip(rows, pads, strict=True)])
     mask = torch.stack([torch.arange(width) >= pad for pad in pads]).long()
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if sum(counts):
-        inputs["pixel_values"] = torch.randn(sum(counts), *info.image_size, generator=generator)
-    return inputs
+    return {"input_ids": ids, "attention_mask": mask, **given}

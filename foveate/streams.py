@@ -89,7 +89,9 @@ def arrange(
         there = places[image]
         origin = _at(image, torch.where(layout.origin < 0, PAD, there[layout.origin.clamp(min=0)]))
     feature = _at(image, layout.feature)
-    return Streams(left, right, image, feature, origin, _prefix(visual, text), ends + 1, coords, grids)
+    return Streams(
+        left, right, image, feature, origin, contiguous_prefix(left.order, right.order), ends + 1, coords, grids
+    )
 
 
 def shorten(
@@ -130,6 +132,20 @@ def check_prompts(
             raise InputError(f"{name} has shape {tuple(value.shape)}; input_ids has {tuple(input_ids.shape)}")
 
 
+def contiguous_prefix(visual: Tensor, text: Tensor) -> int:
+    """How many text tokens stand before the image, if every row is text, one block of image, text; else -1.
+
+    visual, text: the orders int64 [B, n] and [B, m] of both streams.
+    """
+    if bool((visual == PAD).any()) or bool((text == PAD).any()):
+        return -1
+    if not visual.shape[1]:
+        return int(text.shape[1])
+    before, after = (text < visual[:, :1]).sum(1), (text > visual[:, -1:]).sum(1)
+    in_one = bool((before + after == text.shape[1]).all()) and bool((before == before[0]).all())
+    return int(before[0]) if in_one else -1
+
+
 def _at(image: Tensor, values: Tensor) -> Tensor:
     """Values [P] of image tokens at their places: [B, S], zero elsewhere."""
     return torch.zeros(image.shape, dtype=values.dtype, device=image.device).masked_scatter(image, values)
@@ -151,20 +167,6 @@ def _stream(member: Tensor, position_ids: Tensor, places: Tensor, right: bool) -
     order = places.gather(1, index).masked_fill(~valid, PAD)
     found = position_ids.gather(-1, index.expand(*position_ids.shape[:-1], width))
     return Stream(index, order, found.masked_fill(~valid, 0))
-
-
-def _prefix(visual: Tensor, text: Tensor) -> int:
-    """How many text tokens stand before the image, if every row is text, one block of image, text; else -1."""
-    seen = (visual | text).any(0)  # what every row hides stands in no stream
-    visual, text = visual[:, seen], text[:, seen]
-    first = visual[0]
-    if not bool(((visual == first) & (visual | text)).all()):
-        return -1
-    count = int(first.sum())
-    if count == 0:
-        return int(text.shape[1])
-    start = int(first.int().argmax())
-    return start if bool(first[start : start + count].all()) else -1
 
 
 def _grids(order: Tensor, text_order: Tensor, coords: Tensor) -> Tensor:

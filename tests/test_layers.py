@@ -32,6 +32,7 @@ ALLOWED = {
     "answers": {"errors", "examples"},
     "generation": BASE | {"ir", "cache", "models"},
     "steps": BASE | {"backends", "cache"},
+    "ragged": BASE | {"backends", "streams"},
     "prompts": BASE | {"ir", "backends", "models", "streams", "labels"},
     "model": BASE
     | {
@@ -40,6 +41,7 @@ ALLOWED = {
         "cache",
         "models",
         "prompts",
+        "ragged",
         "streams",
         "labels",
         "generation",

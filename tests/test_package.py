@@ -187,6 +187,8 @@ def test_for_tensorrt_a_build_is_prepared_and_said_not_to_be_one(model: Optimize
     assert "prepared, not built" in str(found) and "build_trt.py" in str(found)
     spans = json.loads((tmp_path / "out" / "trt" / "profiles.json").read_text())["graphs"]
     assert spans["decoder_step"]["visual.2.key"] == {"min": [1, 2, 8, 16], "opt": [2, 2, 8, 16], "max": [4, 2, 32, 16]}
+    told = json.loads((tmp_path / "out" / "foveate.json").read_text())["tensorrt"]
+    assert told == {"status": found.tensorrt.status, "missing": list(found.tensorrt.missing)}
     assert (tmp_path / "out" / "trt" / "decoder_step.in.json").is_file()
     assert "TRT_decomposable" in str(onnx.load(tmp_path / "out" / "decoder_prefill.trt.onnx", load_external_data=False))
     assert foveate.load(tmp_path / "out").backend == "onnx"

@@ -65,7 +65,8 @@ def seen(
     """Prompts for whose images the vision graph gave `out`."""
     taken_apart.check_prompts(input_ids, attention_mask, position_ids)
     image = info.visual(input_ids)
-    layout = tiles.layout(info, {}, input_ids[image], out)
+    given = {} if out is None else {"pixel_values": torch.empty(len(out["out"]), 0)}
+    layout = tiles.layout(info, given, input_ids[image], out)
     mask, positions = taken_apart.shorten(input_ids, image, layout, attention_mask, position_ids)
     return taken_apart.arrange(input_ids, image, layout, mask, positions, asked)
 

@@ -10,11 +10,22 @@ from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models.decoder import FUSED_ROLES, PATHS, ROLES, Decoder, sizes
 from foveate.models.recording import Inputs, Size
-from foveate.models.tiles import GIVEN, POSITION_AXES, images_in, layout, pictures, positions, vision_given
+from foveate.models.tiles import (
+    GIVEN,
+    POSITION_AXES,
+    UNIFORM,
+    images_in,
+    layout,
+    pictures,
+    positions,
+    sample,
+    vision_given,
+)
 
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
+    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",
@@ -22,6 +33,7 @@ __all__ = [
     "layout",
     "pictures",
     "positions",
+    "sample",
     "tower_layers",
     "vision_given",
     "vision_inputs",

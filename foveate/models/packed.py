@@ -17,8 +17,13 @@ from foveate.models.tiles import Given
 GIVEN = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
 """What such a family takes beside input ids and attention mask; the last tells what the ids tell too."""
 
+UNIFORM = False
+
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 """What comes of images, and of videos: patches, and frames, rows and columns of them."""
+
+SAMPLE_SIDE = 8
+"""Tokens that a side of a random image has at most."""
 
 
 def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
@@ -27,9 +32,7 @@ def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
     Raises InputError for patches that do not fit their grids.
     """
     patches, grids = [], []
-    vision = info.config["vision_config"]
-    width = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
-    merge = _merge(info)
+    width, merge = _values(info), _merge(info)
     for pixels_name, grid_name in KINDS:
         pixels, grid = given.get(pixels_name), given.get(grid_name)
         if pixels is None and grid is None:
@@ -82,6 +85,16 @@ def layout(info: ModelInfo, given: Given, kinds: Tensor, out: Mapping[str, Tenso
             feature[mine] = torch.arange(tokens, tokens + count, device=kinds.device)
         tokens, units = tokens + count, units + len(frames)
     return Layout(feature, coords, torch.ones_like(video))
+
+
+def sample(info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+    """Random images of random grids: how many tokens each becomes, and what a processor would make of them."""
+    if not images:
+        return [], {}
+    sides = torch.randint(1, SAMPLE_SIDE + 1, (images, 2), generator=generator)
+    grids = torch.cat([torch.ones(images, 1, dtype=torch.int64), sides * _merge(info)], dim=1)
+    pixels = torch.randn(int(grids.prod(1).sum()), _values(info), generator=generator)
+    return sides.prod(1).tolist(), {"pixel_values": pixels, "image_grid_thw": grids}
 
 
 def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
@@ -167,6 +180,12 @@ def _raster(unit: int, height: int, width: int) -> Tensor:
     """Unit, row and column of a frame's tokens: int64 [height * width, 3]."""
     place = torch.arange(height * width)
     return torch.stack([torch.full_like(place, unit), place // width, place % width], dim=1)
+
+
+def _values(info: ModelInfo) -> int:
+    """Values of a patch."""
+    vision = info.config["vision_config"]
+    return int(vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2)
 
 
 def _merge(info: ModelInfo) -> int:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
-from foveate.models.packed import GIVEN, images_in, layout, pictures, positions, vision_given
+from foveate.models.packed import GIVEN, UNIFORM, images_in, layout, pictures, positions, sample, vision_given
 from foveate.models.recording import Inputs, Size
 
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
+    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",
@@ -23,6 +24,7 @@ __all__ = [
     "layout",
     "pictures",
     "positions",
+    "sample",
     "tower_layers",
     "vision_given",
     "vision_inputs",

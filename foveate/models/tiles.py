@@ -17,6 +17,9 @@ Given = Mapping[str, Tensor]
 GIVEN = ("pixel_values",)
 """What of it such a family takes."""
 
+UNIFORM = True
+"""Whether every image becomes equally many tokens, of one grid, in a row of their own."""
+
 POSITION_AXES: tuple[int, ...] = ()
 """Axes of the position ids before [batch, sequence]."""
 
@@ -65,6 +68,12 @@ def _coords(info: ModelInfo, number: Tensor, place: Tensor) -> Tensor:
     columns = info.grid[1]
     row, column = (each.masked_fill(place < 0, NOWHERE) for each in (place // columns, place % columns))
     return torch.stack([number, row, column], dim=1)
+
+
+def sample(info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+    """Random images: how many tokens each becomes, and what a processor would make of them."""
+    pixels = torch.randn(images, *info.image_size, generator=generator)
+    return [info.tokens_per_image] * images, {"pixel_values": pixels} if images else {}
 
 
 def pictures(info: ModelInfo, given: Given) -> list[Tensor]:

@@ -216,7 +216,7 @@ def open_package(folder: Path, device: str | None = None) -> NumpyModel:
     if manifest.get("backend") != "onnx" or not set(needed) <= set(manifest["files"]):
         raise BackendError(f"{folder} is no exported package; foveate export makes one, or {ORDINARY}")
     if "prompts" not in manifest:
-        raise BackendError(f"{folder} was exported before numpy could run it: export it again, or {ORDINARY}")
+        raise BackendError(f"{folder} says nothing of its prompts, so images are not all of one grid: {ORDINARY}")
     with reading(folder / MANIFEST):
         about = Vocabulary.of(manifest["prompts"])
         passes = [str(record["text"]) for record in manifest["passes"]]

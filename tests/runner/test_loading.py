@@ -82,7 +82,7 @@ def rehash(folder: Path) -> None:
         ({"passes": ...}, ArtifactError, r"foveate\.json is damaged"),
         ({"passes": ["fastv"]}, ArtifactError, r"foveate\.json is damaged"),
         ({"prompts": {"image_token_id": 4}}, ArtifactError, "prompts must have these numbers: image_token_id"),
-        ({"prompts": ...}, BackendError, "was exported before numpy could run it: export it again"),
+        ({"prompts": ...}, BackendError, "says nothing of its prompts"),
         ({"backend": ...}, BackendError, "is no exported package"),
     ],
 )

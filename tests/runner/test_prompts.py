@@ -59,7 +59,8 @@ def test_streams_are_those_of_torch(seed: int) -> None:
         parts = {"out": images.features, "source": images.source, "count": images.count}
         out = {name: torch.from_numpy(value) for name, value in parts.items() if value is not None}
     image = INFO.visual(given[0])
-    placed = tiles.layout(INFO, {}, given[0][image], out)
+    pixels = {} if out is None else {"pixel_values": torch.empty(len(out["out"]), 0)}
+    placed = tiles.layout(INFO, pixels, given[0][image], out)
     expected = streams.arrange(given[0], image, placed, *streams.shorten(given[0], image, placed, *given[1:]))
     found = arrange(ABOUT, ids, mask, positions, images)
     for name in ("visual", "text"):

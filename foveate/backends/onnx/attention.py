@@ -20,6 +20,7 @@ from torch import fx
 from foveate import ops
 from foveate.backends.onnx.aten import dtype_of
 from foveate.backends.onnx.emit import END, Emitter, Writer
+from foveate.backends.onnx.sorting import steps
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
 
@@ -82,8 +83,36 @@ def attention(emit: Emitter, node: fx.Node) -> str:
         out = by_streams(emit, q, k, v, seen, scale)
     else:
         queries, keys, values = (joined(emit, x, 2) for x in (q, k, v))
-        out = dense(emit, queries, keys, values, seen, scale, maybe_none=layout.startswith("v:"))
+        if emit.blocks > 1 and layout == "vt:vt" and all(n.op == "placeholder" for n in (*q_order, *k_order)):
+            out = in_blocks(emit, queries, keys, values, seen, emit.length(emit.value(k_order[0]), 1), scale)
+        else:
+            out = dense(emit, queries, keys, values, seen, scale, maybe_none=layout.startswith("v:"))
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
+
+
+def in_blocks(emit: Emitter, q: str, k: str, v: str, seen: str, visual: str, scale: float) -> str:
+    """As `dense` for visual tokens [.., visual] with text behind them, whose order rises: no block sees all keys.
+
+    A block of queries looks at the visual keys up to its own end, and at all text. Blocks are equally long; the last
+    ones overlap where the length is not divisible.
+    """
+    total = emit.length(q, 2)
+    size = emit.op("Div", emit.op("Add", total, emit.constant([emit.blocks - 1])), emit.constant([emit.blocks]))
+    outs = []
+    for number in range(emit.blocks):
+        first = emit.op("Mul", size, emit.constant([number]))
+        start = emit.op("Min", first, emit.op("Sub", total, size))
+        end = emit.op("Add", start, size)
+
+        def looks(value: str, axis: int, end: str = end) -> str:
+            behind = emit.slice(value, axis, emit.op("Max", end, visual), emit.constant([END]))
+            return emit.concat([emit.slice(value, axis, emit.constant([0]), end), behind], axis)
+
+        rows, mask = emit.slice(q, 2, start, end), emit.slice(seen, 1, start, end)
+        keys = (k, v, mask) if number == emit.blocks - 1 else (looks(k, 2), looks(v, 2), looks(mask, 2))
+        out = dense(emit, rows, *keys, scale)
+        outs.append(emit.slice(out, 2, emit.op("Sub", first, start), emit.constant([END])))
+    return emit.concat(outs, 2)
 
 
 def by_streams(
@@ -142,6 +171,38 @@ def _encoder_attention(emit: Emitter, node: fx.Node) -> str:
         given = [emit.op("Expand", emit.cast(emit.unsqueeze(hides, 1, 2), dtype_of(q)), sizes)]
     out = emit.op("Attention", *(emit.value(x) for x in (q, k, v)), *given, scale=scale, **_precision(emit))
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
+
+
+def _varlen_attention(emit: Emitter, node: fx.Node) -> str:
+    """One batched call over segments padded to the longest: no score between two segments, and no loop."""
+    q, k, v, cu_seqlens, scale = args_of(node)
+    heads, size = int(shape(q)[1]), int(shape(q)[3])
+    bounds = emit.cast(emit.value(cu_seqlens), torch.int64)
+    last = emit.op("Sub", emit.length(bounds, 0), emit.constant([1]))
+    starts = emit.slice(bounds, 0, emit.constant([0]), last)
+    ends = emit.slice(bounds, 0, emit.constant([1]), emit.constant([END]))
+    lengths = emit.op("Sub", ends, starts)
+    longest = emit.op("ReduceMax", lengths, emit.constant([0]), keepdims=1)
+    within = steps(emit, longest)
+    there = emit.op("Less", emit.unsqueeze(within, 0), emit.unsqueeze(lengths, 1))
+    places = emit.op("Add", emit.unsqueeze(within, 0), emit.unsqueeze(starts, 1))
+    places = emit.op("Where", there, places, emit.constant(0))
+    sizes = emit.concat([last, longest, longest], 0)
+    seen = emit.op("Expand", emit.unsqueeze(there, 1), sizes)
+    padded = []
+    for x in (q, k, v):
+        tokens = emit.op("Squeeze", emit.value(x), emit.constant([0]))
+        segments = emit.op("Gather", tokens, places, axis=1)
+        padded.append(emit.op("Transpose", segments, perm=[1, 0, 2, 3]))
+    queries, keys, values = padded
+    out = emit.op("Transpose", dense(emit, queries, keys, values, seen, scale), perm=[0, 2, 1, 3])
+    # Back to one sequence: each token's segment is the number of segments that end before it.
+    token = steps(emit, emit.length(emit.value(q), 2))
+    ended = emit.cast(emit.op("LessOrEqual", emit.unsqueeze(ends, 0), emit.unsqueeze(token, 1)), torch.int64)
+    segment = emit.op("ReduceSum", ended, emit.constant([1]), keepdims=0)
+    place = emit.op("Sub", token, emit.op("Gather", starts, segment, axis=0))
+    place = emit.op("Add", place, emit.op("Mul", segment, longest))
+    return emit.unsqueeze(emit.op("Gather", emit.reshape(out, -1, heads, size), place, axis=0), 0)
 
 
 def _attention_row(emit: Emitter, node: fx.Node) -> str:
@@ -210,6 +271,7 @@ def _near(emit: Emitter, q_coords: str, coords: str, q_order: str, order: str, r
 WRITERS: dict[Any, Writer] = {
     ops.attention: attention,
     ops.encoder_attention: _encoder_attention,
+    ops.varlen_attention: _varlen_attention,
     ops.attention_row: _attention_row,
     ops.neighbor_attention: _neighbor_attention,
 }

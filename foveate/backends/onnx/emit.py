@@ -58,10 +58,19 @@ Writer = Callable[["Emitter", fx.Node], Any]
 class Emitter:
     """One ONNX graph in the making.
 
-    places: where each weight lies; file: of that name, beside the graph.
+    places: where each weight lies; file: of that name, beside the graph. blocks: of queries that attend one after
+    another where later ones see more keys.
     """
 
-    def __init__(self, program: Program, places: Mapping[str, Place], file: str, writers: Mapping[Any, Writer]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        places: Mapping[str, Place],
+        file: str,
+        writers: Mapping[Any, Writer],
+        blocks: int = 1,
+    ) -> None:
+        self.blocks = blocks
         self.program = program
         self.places, self.file = places, file
         self.writers = writers

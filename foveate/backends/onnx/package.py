@@ -10,7 +10,7 @@ import onnx
 
 from foveate.backends.base import joined_graph
 from foveate.backends.onnx.emit import Place
-from foveate.backends.onnx.graphs import WEIGHTS, build, embed_tokens
+from foveate.backends.onnx.graphs import BLOCKS, WEIGHTS, build, embed_tokens
 from foveate.backends.onnx.names import FILES
 from foveate.errors import BackendError
 from foveate.ir.program import Program
@@ -19,15 +19,15 @@ from foveate.manifest import GRAPHS
 EMBED = GRAPHS["embed"]
 
 
-def write_graphs(program: Program, folder: Path) -> list[str]:
-    """Write a program's graphs into a folder that holds its weights; the names of the files."""
+def write_graphs(program: Program, folder: Path, blocks: int = BLOCKS) -> list[str]:
+    """Write a program's graphs into a folder that holds its weights; the names of the files. blocks: see `build`."""
     places = places_of(folder / WEIGHTS)
-    return [_write(model, folder / name) for name, model in _models(program, places)]
+    return [_write(model, folder / name) for name, model in _models(program, places, blocks)]
 
 
-def _models(program: Program, places: dict[str, Place]) -> Iterator[tuple[str, onnx.ModelProto]]:
+def _models(program: Program, places: dict[str, Place], blocks: int) -> Iterator[tuple[str, onnx.ModelProto]]:
     for name, graph in program.graphs.items():
-        yield FILES[name], build(program, name, joined_graph(program, name, graph), places)
+        yield FILES[name], build(program, name, joined_graph(program, name, graph), places, blocks)
     yield EMBED, embed_tokens(program, places)
 
 

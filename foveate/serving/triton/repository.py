@@ -21,6 +21,7 @@ from typing import Any
 from foveate.artifact import prompts_of
 from foveate.errors import BackendError
 from foveate.model import OptimizedModel
+from foveate.models.registry import FAMILIES
 from foveate.serving.triton.check import check
 from foveate.serving.triton.config import Config, TensorSpec, of_graph
 from foveate.serving.triton.files import FOLDER, place, record
@@ -68,6 +69,7 @@ def write(model: OptimizedModel, package: Path) -> Repository:
     Raises BackendError for a model whose steps the Python model cannot do, or that Triton has no types for.
     """
     graphs = {path.stem: of_graph(path.stem, path) for path in sorted(package.glob("*.onnx"))}
+    _check_family(model)
     _check_runs(graphs)
     root = package / FOLDER
     copied = linked = 0
@@ -85,6 +87,15 @@ def write(model: OptimizedModel, package: Path) -> Repository:
     own = sum(path.stat().st_size for path in root.rglob("*") if path.suffix in (".py", ".pbtxt"))
     models = tuple(sorted(path.name for path in root.iterdir()))
     return Repository(FOLDER, models, copied + own, linked, check(package))
+
+
+def _check_family(model: OptimizedModel) -> None:
+    family = model.program.info.family
+    if not FAMILIES[family].UNIFORM:
+        raise BackendError(
+            f"images of {family} have grids of their own, which the Python model for Triton does not place: serve the "
+            "package with Ray Serve"
+        )
 
 
 def facts(model: OptimizedModel) -> dict[str, Any]:
