@@ -29,6 +29,8 @@ from foveate.backends.onnx.lowering import Seen, open_package, recorded
 from foveate.errors import BackendError, InputError, ParityError
 from foveate.ir.program import ModelInfo
 from foveate.model import OptimizedModel
+from foveate.models import tiles
+from foveate.models.registry import FAMILIES
 
 BACKENDS = ("onnx", "tensorrt", "aoti")
 
@@ -151,6 +153,12 @@ def export(
 
 def _write(model: OptimizedModel, work: Path) -> Lowered:
     """Write ONNX files into a folder that holds the weights; what opens them."""
+    family = model.program.info.family
+    if FAMILIES[family].layout is not tiles.layout:
+        raise BackendError(
+            f"a package's prompts are read by how many tokens an image has, and in {family} images become different "
+            "numbers of tokens; run it with foveate.optimize(..., backend='onnx') instead"
+        )
     try:
         from foveate.backends.onnx.package import write_graphs
     except ImportError:
