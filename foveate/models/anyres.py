@@ -124,7 +124,8 @@ def tiles_of(info: ModelInfo, pixels: Tensor, counts: Sequence[int]) -> Tensor:
     """
     shape, size = tuple(pixels.shape), info.image_size
     if pixels.dim() == 5 and shape[2:] == size and shape[0] == len(counts) and shape[1] >= max(counts, default=0):
-        return torch.cat([each[:count] for each, count in zip(pixels, counts, strict=True)]) if counts else pixels[:, 0]
+        rows = [each[:count] for each, count in zip(pixels, counts, strict=True)]
+        return torch.cat(rows) if rows else pixels.flatten(0, 1)
     if pixels.dim() == 4 and shape[1:] == size and shape[0] == sum(counts):
         return pixels
     wanted = ", ".join(map(str, size))

@@ -153,8 +153,50 @@ class Detailed(Family):
         return {"pixel_values": pixels, "image_sizes": torch.tensor(self.sizes)}
 
 
+class OneVision(Detailed):
+    """LLaVA-OneVision: several images of a prompt are not cut, one with many tiles is shrunk; frames are pooled."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        super().__init__(model, seed)
+        self.groups: list[int] = []
+        self.videos, self.frames = 0, 1 + seed % 3
+
+    def begin(self, counts: list[int]) -> None:
+        self.groups += counts[:1] if counts[0] else []
+
+    def places(self, size: list[int]) -> list[tuple[int, int, int]]:
+        if self.groups[-1] > 1:
+            self.tiles.append(1)
+            return [*self.raster(self.side, self.side), (-1, -1, -1)]
+        tiles = torch.zeros(tiles_of(self.model, size), self.side**2, 1)
+        marks, all_marks = (packed(self.model, tiles, size, torch.ones(1), ratio) for ratio in ("", "anyres_max_999"))
+        if len(marks) == len(all_marks):
+            return super().places(size)
+        self.tiles.append(len(tiles))
+        places, rows = self.raster(self.side, self.side), int(marks.sum())
+        columns, unit = (len(marks) - len(places)) // rows - 1, next(self.units)
+        for row in range(rows):
+            places += [*((unit, row, column) for column in range(columns)), (-1, -1, -1)]
+        return places
+
+    def video(self, draw: random.Random) -> tuple[int, list[tuple[int, int, int]]]:
+        self.videos += 1
+        side = (self.side + 1) // 2
+        places = [place for _ in range(self.frames) for place in self.raster(side, side)]
+        return self.config.video_token_id, [*places, (-1, -1, -1)]
+
+    def given(self) -> dict[str, Tensor]:
+        found = super().given()
+        if found:
+            found["batch_num_images"] = torch.tensor(self.groups)
+        if self.videos:
+            found["pixel_values_videos"] = self.noise(self.videos, self.frames, 3, self.size, self.size)
+        return found
+
+
 FAMILIES: dict[str, Callable[[Any, int], Any]] = {
     "internvl": Tiles,
     "qwen2_vl": Grids,
     "llava_next": Detailed,
+    "llava_onevision": OneVision,
 }

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForImageTextToText,
     InternVLConfig,
     LlavaNextConfig,
+    LlavaOnevisionConfig,
     Qwen2VLConfig,
 )
 
@@ -91,6 +92,37 @@ def llava_next(
         text_config={**text, **settings.pop("text", {})},
         vision_config=tower,
         image_token_index=VOCAB - 1,
+        **settings,
+    )
+    return build(config, device)
+
+
+def llava_onevision(
+    decoder: str = "qwen2", device: str = "cpu", vision: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """A LLaVA-OneVision with tiles of 3 x 3 patches, shrunk beyond two; `vision` and `text` change its parts."""
+    tower = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 26,
+        "patch_size": 8,
+        "vision_use_head": False,
+        **(vision or {}),
+    }
+    grids = [[down, across] for down in (1, 2, 3) for across in (1, 2, 3)]
+    settings: dict[str, Any] = {
+        "image_grid_pinpoints": [[26 * down, 26 * across] for down, across in grids],
+        "vision_aspect_ratio": "anyres_max_2",
+        **changes,
+    }
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": decoder, **TEXT, **settings.pop("text", {})},
+        vision_config=tower,
+        image_token_index=VOCAB - 1,
+        video_token_index=VOCAB - 2,
         **settings,
     )
     return build(config, device)
