@@ -77,7 +77,10 @@ def prepare(program: Program, run: Mapping[str, Runner], prompts: Prompts, label
     following = None if labels is None else next_labels(ids, mask, labels)
     asked = None if following is None else following != NO_LABEL
     streams = arrange(ids, image, layout, mask, positions, asked)
-    return Prepared(_inputs(program, ids, streams, out), streams, following)
+    features = layout.features
+    if features is None and out is not None:
+        features = out["out"].flatten(0, -2)
+    return Prepared(_inputs(program, ids, streams, features), streams, following)
 
 
 def _seen(program: Program, run: Mapping[str, Runner], given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -105,12 +108,11 @@ def _seen(program: Program, run: Mapping[str, Runner], given: Mapping[str, Tenso
     return out
 
 
-def _inputs(program: Program, ids: Tensor, streams: Streams, out: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def _inputs(program: Program, ids: Tensor, streams: Streams, flat: Tensor | None) -> dict[str, Any]:
     text = embed(program, ids.gather(1, streams.text.index))
-    if out is None or not out["out"].numel():
+    if flat is None or not flat.numel():
         visual = text.new_zeros(text.shape[0], 0, text.shape[2])
     else:
-        flat = out["out"].flatten(0, -2)
         visual = flat[streams.feature.gather(1, streams.visual.index)]
         # The last visual token of a prompt that ends in an image travels with the text, as does what is no patch.
         moved = streams.image.gather(1, streams.text.index) & (streams.text.order >= 0)

@@ -22,6 +22,9 @@ class Layout:
     such as the end of a line of them: it travels with the text. Where the tower leaves fewer tokens than the prompt has
     places, origin: int64 [P], the number of the image token that each stands for, -1 for none; gone: bool [P], which
     places nothing is left for. None: each stands for itself, and all are there.
+
+    sizes: int64 [units, 2], rows and columns of each image, tile or frame, where they do not all have tokens in their
+    last row and column. features: [n, D], what `feature` counts, where the tower's own tokens are not enough.
     """
 
     feature: Tensor
@@ -29,6 +32,8 @@ class Layout:
     patch: Tensor
     origin: Tensor | None = None
     gone: Tensor | None = None
+    sizes: Tensor | None = None
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.feature)

@@ -32,11 +32,13 @@ def kept_masks(about: ModelInfo, inputs: Mapping[str, Any], places: Sequence[int
     image = about.visual(ids)
     layout = FAMILIES[about.family].layout(about, inputs, ids[image], None)
     stay = torch.isin(image[0].nonzero().flatten(), torch.tensor(list(places), dtype=torch.int64))
+    units = layout.coords[:, 0]
+    sizes: list[list[int] | None] = layout.sizes.tolist() if layout.sizes is not None else [None] * len(units.unique())
     masks = []
-    for unit in layout.coords[:, 0].unique():
-        mine = (layout.coords[:, 0] == unit) & layout.patch
+    for unit, size in enumerate(sizes):
+        mine = (units == unit) & layout.patch
         where = layout.coords[mine, 1:]
-        mask = torch.zeros(*(where.amax(0) + 1).tolist(), dtype=torch.bool)
+        mask = torch.zeros(*(size or (where.amax(0) + 1).tolist()), dtype=torch.bool)
         mask[where[:, 0], where[:, 1]] = stay[mine]
         masks.append(mask.tolist())
     return masks

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.models import tiny
+from tests.oracle.anyres import packed, tiles_of
 
 Row = list[tuple[str, int]]
 """A prompt: `("text", length)`, `("image", number)` and so on; the number is that of its kind in the batch."""
@@ -32,6 +33,7 @@ def made(model: Any, seed: int, rows: list[list[int]] | None = None, padding: st
     family: Family = FAMILIES[model.config.model_type](model, seed)
     ids, coords = [], []
     for counts in rows:
+        family.begin(counts)
         row, places = _text(model, draw, text), [(-1, -1, -1)] * text
         for kind in [kind for kind, count in enumerate(counts) for _ in range(count)]:
             token, found = family.image(draw) if kind == 0 else family.video(draw)
@@ -63,6 +65,9 @@ class Family:
         self.config = model.config
         self.generator = torch.Generator().manual_seed(seed)
         self.units = itertools.count()
+
+    def begin(self, counts: list[int]) -> None:
+        """A prompt with so many images and videos comes next."""
 
     def noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -120,4 +125,78 @@ class Grids(Family):
         return found
 
 
-FAMILIES: dict[str, Callable[[Any, int], Any]] = {"internvl": Tiles, "qwen2_vl": Grids}
+class Detailed(Family):
+    """LLaVA-NeXT: an image of any size, of which transformers tells what becomes of its tiles."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        super().__init__(model, seed)
+        self.model, vision = model, model.config.vision_config
+        self.size, self.side = vision.image_size, vision.image_size // vision.patch_size
+        self.sizes: list[list[int]] = []
+        self.tiles: list[int] = []
+
+    def image(self, draw: random.Random) -> tuple[int, list[tuple[int, int, int]]]:
+        self.sizes.append([draw.randrange(1, 100), draw.randrange(1, 100)])
+        return self.config.image_token_id, self.places(self.sizes[-1])
+
+    def places(self, size: list[int]) -> list[tuple[int, int, int]]:
+        self.tiles.append(tiles_of(self.model, size))
+        places = [self.raster(self.side, self.side) for _ in range(self.tiles[-1])]
+        found = packed(self.model, torch.tensor(places).float(), size, torch.full((3,), -1.0)).int().tolist()
+        return [(unit, row, column) for unit, row, column in found]
+
+    def given(self) -> dict[str, Tensor]:
+        if not self.sizes:
+            return {}
+        # What pads the images of fewer tiles is noise too, which must not matter.
+        pixels = self.noise(len(self.tiles), max(self.tiles), 3, self.size, self.size)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(self.sizes)}
+
+
+class OneVision(Detailed):
+    """LLaVA-OneVision: several images of a prompt are not cut, one with many tiles is shrunk; frames are pooled."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        super().__init__(model, seed)
+        self.groups: list[int] = []
+        self.videos, self.frames = 0, 1 + seed % 3
+
+    def begin(self, counts: list[int]) -> None:
+        self.groups += counts[:1] if counts[0] else []
+
+    def places(self, size: list[int]) -> list[tuple[int, int, int]]:
+        if self.groups[-1] > 1:
+            self.tiles.append(1)
+            return [*self.raster(self.side, self.side), (-1, -1, -1)]
+        tiles = torch.zeros(tiles_of(self.model, size), self.side**2, 1)
+        marks, all_marks = (packed(self.model, tiles, size, torch.ones(1), ratio) for ratio in ("", "anyres_max_999"))
+        if len(marks) == len(all_marks):
+            return super().places(size)
+        self.tiles.append(len(tiles))
+        places, rows = self.raster(self.side, self.side), int(marks.sum())
+        columns, unit = (len(marks) - len(places)) // rows - 1, next(self.units)
+        for row in range(rows):
+            places += [*((unit, row, column) for column in range(columns)), (-1, -1, -1)]
+        return places
+
+    def video(self, draw: random.Random) -> tuple[int, list[tuple[int, int, int]]]:
+        self.videos += 1
+        side = (self.side + 1) // 2
+        places = [place for _ in range(self.frames) for place in self.raster(side, side)]
+        return self.config.video_token_id, [*places, (-1, -1, -1)]
+
+    def given(self) -> dict[str, Tensor]:
+        found = super().given()
+        if found:
+            found["batch_num_images"] = torch.tensor(self.groups)
+        if self.videos:
+            found["pixel_values_videos"] = self.noise(self.videos, self.frames, 3, self.size, self.size)
+        return found
+
+
+FAMILIES: dict[str, Callable[[Any, int], Any]] = {
+    "internvl": Tiles,
+    "qwen2_vl": Grids,
+    "llava_next": Detailed,
+    "llava_onevision": OneVision,
+}

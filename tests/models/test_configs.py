@@ -19,6 +19,8 @@ PUBLISHED = {
     "internvl2-8b": (8.08e9, 256),
     "llava-1.5-13b": (13.35e9, 576),
     "llava-1.5-7b": (7.06e9, 576),
+    "llava-onevision-qwen2-7b": (8.03e9, 729),
+    "llava-v1.6-vicuna-7b": (7.06e9, 576),
     "qwen2-vl-7b": (8.29e9, 256),
 }
 each = pytest.mark.parametrize("name", PUBLISHED)

@@ -18,13 +18,18 @@ from tests.models.prompts import made
 from tests.oracle.masked import masked_forward, masked_greedy
 from tests.oracle.masks import Masks, Neighbors, Prune
 
-MODELS = {
+MODELS: dict[str, Any] = {
     "internvl, llama": lambda: tiny.internvl("llama", vision={"image_size": 48}),
     "internvl, qwen2": lambda: tiny.internvl("qwen2", vision={"image_size": 48}),
     "internvl, phi3": lambda: tiny.internvl("phi3", vision={"image_size": 48}),
     "qwen2-vl": tiny.qwen2_vl,
+    "llava-next, llama": tiny.llava_next,
+    "llava-next, mistral": lambda: tiny.llava_next("mistral"),
+    "llava-next, qwen2": lambda: tiny.llava_next("qwen2", vision={"image_size": 26}, image_grid_pinpoints=PINPOINTS),
+    "llava-onevision, qwen2": tiny.llava_onevision,
 }
-VIDEOS = ("qwen2-vl",)
+PINPOINTS = [[26, 52], [52, 26], [52, 52], [78, 26], [26, 78], [52, 78]]
+VIDEOS = ("qwen2-vl", "llava-onevision, qwen2")
 each = pytest.mark.parametrize("name", MODELS)
 
 ROWS: tuple[list[list[int]], ...] = ([[1]], [[2], [0], [1]], [[0], [0]], [[1], [1]])

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen2VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    InternVLConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    Qwen2VLConfig,
+)
 
 from foveate.ir.program import Program
 
@@ -58,6 +64,66 @@ def internvl(decoder: str = "llama", device: str = "cpu", vision: dict[str, Any]
         image_token_id=VOCAB - 1,
         image_seq_length=4,
         tie_word_embeddings=False,
+    )
+    return build(config, device)
+
+
+PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
+"""Tiles down and across of the resolutions of LLaVA-NeXT."""
+
+
+def llava_next(
+    decoder: str = "llama", device: str = "cpu", vision: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """A LLaVA-NeXT with tiles of 3 x 3 patches; `vision` changes its tower, `text` (of `changes`) its decoder."""
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 24,
+        "patch_size": 8,
+        **(vision or {}),
+    }
+    text = {"model_type": decoder, **TEXT, **({"sliding_window": None} if decoder == "mistral" else {})}
+    settings = {"image_grid_pinpoints": [[24 * down, 24 * across] for down, across in PINPOINTS], **changes}
+    config = LlavaNextConfig(
+        text_config={**text, **settings.pop("text", {})},
+        vision_config=tower,
+        image_token_index=VOCAB - 1,
+        **settings,
+    )
+    return build(config, device)
+
+
+def llava_onevision(
+    decoder: str = "qwen2", device: str = "cpu", vision: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """A LLaVA-OneVision with tiles of 3 x 3 patches, shrunk beyond two; `vision` and `text` change its parts."""
+    tower = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 26,
+        "patch_size": 8,
+        "vision_use_head": False,
+        **(vision or {}),
+    }
+    grids = [[down, across] for down in (1, 2, 3) for across in (1, 2, 3)]
+    settings: dict[str, Any] = {
+        "image_grid_pinpoints": [[26 * down, 26 * across] for down, across in grids],
+        "vision_aspect_ratio": "anyres_max_2",
+        **changes,
+    }
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": decoder, **TEXT, **settings.pop("text", {})},
+        vision_config=tower,
+        image_token_index=VOCAB - 1,
+        video_token_index=VOCAB - 2,
+        **settings,
     )
     return build(config, device)
 

@@ -15,7 +15,7 @@ Sources of the semantics:
 - visual tokens pruned by the last token's attention: FastV, arXiv 2403.06764, and PyramidDrop, arXiv 2410.17247.
 
 Shapes: B rows, S positions, L decoder layers, H query heads, V vocabulary. A token is visual where
-`input_ids` is the model's image token.
+`input_ids` is the model's image token, and what stands there is no newline.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from tests.oracle.anyres import newlines
 from tests.oracle.masks import Before, Masks, Neighbors, Prune, check, last_place
 
 _IMPLEMENTATION = "masked_oracle"
@@ -130,7 +131,7 @@ class _Tokens:
     def of(cls, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> _Tokens:
         ids = inputs["input_ids"]
         attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-        return cls(attended, attended & (_kinds(model, ids) > 0))
+        return cls(attended, attended & (_kinds(model, ids) > 0) & ~newlines(model, inputs))
 
 
 class _Run:
