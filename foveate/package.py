@@ -155,7 +155,8 @@ def export(
 def _write(model: OptimizedModel, work: Path, backend: str) -> Lowered:
     """Write ONNX files into a folder that holds the weights; what opens them."""
     try:
-        from foveate.backends.onnx.package import BLOCKS, write_graphs
+        from foveate.backends.onnx.graphs import BLOCKS
+        from foveate.backends.onnx.package import write_graphs
     except ImportError:
         raise BackendError(
             "exporting to ONNX needs the packages of foveate[onnx]: pip install 'foveate[onnx]'"

@@ -106,8 +106,8 @@ def page() -> str:
     lines = [
         "# What runs where",
         "",
-        "Made by `python -m tests.models.support`, which tries every pass on a small model of every family, in eager torch",
-        "and on ONNX Runtime, where both must give the same logits. The inductor backend runs what eager torch runs.",
+        "Made by `python -m tests.models.support`, which tries every pass on a small model of every family, in eager",
+        "torch and on ONNX Runtime, where both must give the same logits. The inductor backend runs what eager runs.",
         "",
         f"| pass | {' | '.join(f'`{name}`' for name in models)} |",
         f"|---|{'---|' * len(models)}",
