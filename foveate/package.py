@@ -183,10 +183,10 @@ def _as(model: OptimizedModel, backend: str, lowered: Lowered) -> OptimizedModel
 def prepare_tensorrt(model: OptimizedModel, folder: Path, sizes: Mapping[str, Range]) -> Any:
     """Prepare a package for TensorRT, with eager torch's answer to a random prompt as reference; build it, maybe."""
     from foveate.backends.onnx.names import FILES
-    from foveate.backends.tensorrt.prepare import prepare
+    from foveate.backends.tensorrt.prepare import axes, prepare
 
-    program = model.program
-    spans = ranges(model, sizes)
+    program, free = model.program, axes(folder)
+    spans = {name: span for name, span in ranges(model, sizes).items() if name in free}
     seen: Seen = {}
     if program.dtype == torch.bfloat16:  # numpy, and so Polygraphy's JSON, has no such type
         return prepare(folder, spans)
@@ -204,6 +204,8 @@ def ranges(model: OptimizedModel, sizes: Mapping[str, Range]) -> dict[str, Range
 
     program, left = model.program, model.program.tokens_left
     base: dict[str, Range] = {**SIZES, "visual_tokens": (left, left, 4 * left), "kept_tokens": (1, left, left)}
+    least, likely, most = (size * program.info.patches_per_token for size in base["visual_tokens"])
+    base["patches"] = least, likely, most
     for name in sizes:
         if name not in base:
             raise InputError(f"no graph has an axis {name!r} whose size is free; there are: {', '.join(base)}")

@@ -34,7 +34,8 @@ TEXT: dict[str, Any] = {
 
 def qwen2_vl(device: str = "cpu", text: dict[str, Any] | None = None) -> Any:
     """A Qwen2-VL with 8-pixel patches; `text` changes its decoder."""
-    tower = {"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": HIDDEN, "patch_size": 8}
+    width = (text or {}).get("hidden_size", HIDDEN)
+    tower = {"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": width, "patch_size": 8}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0}
     config = Qwen2VLConfig(
         text_config={**TEXT, "rope_parameters": rope, **(text or {})},

@@ -120,6 +120,12 @@ def prepare(
     return status
 
 
+def axes(folder: Path) -> set[str]:
+    """Names of the symbolic dimensions that a package's graphs take; ArtifactError as for `prepare`."""
+    shapes = [s for name, m in _models(folder).items() for s in profiles.symbolic_dims(m, name).values()]
+    return {size for shape in shapes for size in shape if isinstance(size, str)}
+
+
 def importable() -> bool:
     """Whether TensorRT itself can be imported; a placeholder of its name is not it."""
     try:

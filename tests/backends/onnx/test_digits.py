@@ -30,7 +30,8 @@ def batches() -> list[dict[str, torch.Tensor]]:
     processor = source()[1]
     samples = {task: digits.samples(task=task, n=2, seed=5) for task in ("lookup", "row")}
     lookup, row = samples["lookup"], samples["row"]
-    sets = [[lookup[0].prompt], [f"{row[0].prompt} {row[1].prompt.replace('<image>', '')}"]]
+    more = row[1].prompt.replace("<image>", "")
+    sets = [[lookup[0].prompt], [f"{row[0].prompt} {more} {more}"]]
     sets.append([lookup[1].prompt, row[1].prompt, sets[1][0]])
     image = lookup[0].image
     return [
