@@ -23,6 +23,8 @@ aten = torch.ops.aten
 
 OTHERS = {
     "qwen2_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
+    "qwen2_5_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
+    "qwen3_vl": "it has no CLS token, and features of several depths belong to each token",
     "internvl": "a token is four of the patches that attention and CLS see",
 }
 """Family -> why its tower is not one of those that selections know."""

@@ -20,6 +20,8 @@ PUBLISHED = {
     "llava-1.5-13b": (13.35e9, 576),
     "llava-1.5-7b": (7.06e9, 576),
     "qwen2-vl-7b": (8.29e9, 256),
+    "qwen2.5-vl-7b": (8.29e9, 256),
+    "qwen3-vl-4b": (4.44e9, 256),
 }
 each = pytest.mark.parametrize("name", PUBLISHED)
 

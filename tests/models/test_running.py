@@ -23,8 +23,10 @@ MODELS = {
     "internvl, qwen2": lambda: tiny.internvl("qwen2", vision={"image_size": 48}),
     "internvl, phi3": lambda: tiny.internvl("phi3", vision={"image_size": 48}),
     "qwen2-vl": tiny.qwen2_vl,
+    "qwen2.5-vl": tiny.qwen2_5_vl,
+    "qwen3-vl": tiny.qwen3_vl,
 }
-VIDEOS = ("qwen2-vl",)
+VIDEOS = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 each = pytest.mark.parametrize("name", MODELS)
 
 ROWS: tuple[list[list[int]], ...] = ([[1]], [[2], [0], [1]], [[0], [0]], [[1], [1]])
