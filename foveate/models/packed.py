@@ -43,8 +43,8 @@ def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
     }
 
 
-def about(config: Any, **more: Any) -> ModelInfo:
-    """Sizes and names of a model with this configuration; more: what its family adds, `family` itself for one.
+def about(config: Any, family: str, deepstack: int = 0) -> ModelInfo:
+    """Sizes and names of a model of a family with this configuration; deepstack: see `ModelInfo`.
 
     Raises UnsupportedModelError for patches that are not square, sliding windows, or a rotary embedding that is not
     supported.
@@ -60,6 +60,7 @@ def about(config: Any, **more: Any) -> ModelInfo:
     merged = vision.spatial_merge_size
     height, width = (count * merged * vision.patch_size for count in GRID)
     return ModelInfo(
+        family=family,
         **sizes(text),
         image_token_id=config.image_token_id,
         grid=GRID,
@@ -69,7 +70,7 @@ def about(config: Any, **more: Any) -> ModelInfo:
         config=config.to_dict(),
         patches_per_token=merged**2,
         video_token_id=config.video_token_id,
-        **more,
+        deepstack=deepstack,
     )
 
 

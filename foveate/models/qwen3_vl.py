@@ -186,7 +186,7 @@ def _levels(config: Any) -> int:
     """How many features of DeepStack the decoder adds: one for each tower layer that gives some, while layers last."""
     vision = config.vision_config
     given = {number for number in vision.deepstack_visual_indexes if 0 <= number < vision.depth}
-    return min(len(given), config.text_config.num_hidden_layers)
+    return min(len(given), int(config.text_config.num_hidden_layers))
 
 
 def _section(text: Any) -> int:
