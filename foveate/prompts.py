@@ -43,6 +43,11 @@ class Prompts:
                 f"an optimized model does not take {', '.join(unknown)}; it takes input_ids, {', '.join(takes)}, "
                 "attention_mask, position_ids, cache (past_key_values), use_cache, labels and questions"
             )
+        if wrong := [name for name, value in there.items() if not isinstance(value, Tensor)]:
+            raise InputError(
+                f"{wrong[0]} is a {type(there[wrong[0]]).__name__}; give a tensor, as the processor returns with "
+                "return_tensors='pt'"
+            )
         if "input_ids" not in there:
             raise InputError("input_ids is missing: give what the model's processor returns")
         text = {name: there.pop(name) for name in TEXT if name in there}
@@ -77,10 +82,10 @@ def prepare(program: Program, run: Mapping[str, Runner], prompts: Prompts, label
     following = None if labels is None else next_labels(ids, mask, labels)
     asked = None if following is None else following != NO_LABEL
     streams = arrange(ids, image, layout, mask, positions, asked)
-    features = layout.features
-    if features is None and out is not None:
-        features = out["out"].flatten(0, -2)
-    return Prepared(_inputs(program, ids, streams, features), streams, following)
+    features, deepstack = (None, None) if out is None else (out["out"].flatten(0, -2), out.get("deepstack"))
+    if layout.features is not None:
+        features = layout.features
+    return Prepared(_inputs(program, ids, streams, features, deepstack), streams, following)
 
 
 def _seen(program: Program, run: Mapping[str, Runner], given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -91,7 +96,8 @@ def _seen(program: Program, run: Mapping[str, Runner], given: Mapping[str, Tenso
     found = FAMILIES[program.info.family].vision_given(program.info, given)
     if found is None:
         return None
-    inputs: dict[str, Tensor | int] = {n: v.to(program.dtype) if v.is_floating_point() else v for n, v in found.items()}
+    kinds = {n.name: n.meta["val"].dtype for n in program.graphs["vision"].nodes if n.op == "placeholder"}
+    inputs: dict[str, Tensor | int] = {name: value.to(kinds[name]) for name, value in found.items()}
     if asked is not None:
         questions, wanted = given.get("questions"), (len(found["pixel_values"]), asked.meta["val"].shape[1])
         if questions is None or tuple(questions.shape) != wanted:
@@ -108,21 +114,33 @@ def _seen(program: Program, run: Mapping[str, Runner], given: Mapping[str, Tenso
     return out
 
 
-def _inputs(program: Program, ids: Tensor, streams: Streams, flat: Tensor | None) -> dict[str, Any]:
+def _inputs(
+    program: Program, ids: Tensor, streams: Streams, features: Tensor | None, deepstack: Tensor | None
+) -> dict[str, Any]:
     text = embed(program, ids.gather(1, streams.text.index))
-    if flat is None or not flat.numel():
-        visual = text.new_zeros(text.shape[0], 0, text.shape[2])
-    else:
-        visual = flat[streams.feature.gather(1, streams.visual.index)]
-        # The last visual token of a prompt that ends in an image travels with the text, as does what is no patch.
-        moved = streams.image.gather(1, streams.text.index) & (streams.text.order >= 0)
-        text = torch.where(moved[..., None], flat[streams.feature.gather(1, streams.text.index)], text)
+    visual, text = _placed(streams, features, text)
     inputs = {"visual": visual, "text": text, "prefix": streams.prefix}
+    if levels := program.info.deepstack:
+        nothing = text.new_zeros(*text.shape[:2], levels, text.shape[2])
+        inputs["visual_deepstack"], inputs["text_deepstack"] = _placed(streams, deepstack, nothing)
     inputs |= {"visual_coords": streams.coords, "grids": streams.grids}
     for name, stream in {"visual": streams.visual, "text": streams.text}.items():
         inputs[f"{name}_position_ids"] = stream.position_ids
         inputs[f"{name}_order"] = stream.order
     return inputs
+
+
+def _placed(streams: Streams, made: Tensor | None, text: Tensor) -> tuple[Tensor, Tensor]:
+    """What the tower made of tokens [n, ...], in the visual stream [B, Nv, ...] and in the text stream [B, Nt, ...].
+
+    The last visual token of a prompt that ends in an image travels with the text, as does what is no patch.
+    """
+    if made is None or not made.numel():
+        return text.new_zeros(text.shape[0], 0, *text.shape[2:]), text
+    moved = streams.image.gather(1, streams.text.index) & (streams.text.order >= 0)
+    moved = moved.view(*moved.shape, *[1] * (text.dim() - 2))
+    found = made[streams.feature.gather(1, streams.text.index)]
+    return made[streams.feature.gather(1, streams.visual.index)], torch.where(moved, found, text)
 
 
 def embed(program: Program, ids: Tensor) -> Tensor:

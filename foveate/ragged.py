@@ -67,11 +67,12 @@ def rows_of(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     dropped = orders["text"].shape[1] - int((orders["text"] != PAD).sum(1).max())
     columns = {"visual": slice(0, width), "text": slice(dropped, None)}
     taken: dict[str, Any] = {}
-    for name, part in columns.items():
-        taken[name] = inputs[name][index][:, part]
-        taken[f"{name}_order"] = orders[name][:, part].contiguous()
-        taken[f"{name}_position_ids"] = inputs[f"{name}_position_ids"].index_select(-2, index)[..., part]
-    taken["visual_coords"] = inputs["visual_coords"][index][:, :width]
+    for name, value in inputs.items():
+        part = columns.get(name.partition("_")[0])
+        if name.endswith("_position_ids"):
+            taken[name] = value.index_select(-2, index)[..., part]
+        elif part is not None:
+            taken[name] = value[index][:, part].contiguous()
     taken["prefix"] = contiguous_prefix(taken["visual_order"], taken["text_order"])
     grids = inputs["grids"]
     mine = torch.isin(grids[:, 0], index.cpu())

@@ -94,6 +94,7 @@ def _reshape(edit: Rewriter, node: fx.Node, args: Any, about: NodeInfo) -> fx.No
     # A size that was asked for is known, whatever the recording derives for it.
     asked = [s if isinstance(s, int) and s >= 0 else None for s in args_of(node)[1]]
     new = [s if wanted is None else wanted for s, wanted in zip(new, asked, strict=True)]
+    old = [known if isinstance(known, int) else s for s, known in zip(old, shape(source), strict=True)]
     whole = f"{tuple(old)} -> {tuple(new)}"
     if len(old) > len(new) > 0 and old[0] == 1 and old[1] == new[0]:
         source, old = edit.call(aten.select.int, source, 0, 0, about=about), old[1:]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,8 +20,10 @@ from torch import fx
 from foveate import ops
 from foveate.ir.attention import Attention
 from foveate.ir.kv import evicts_in_steps, held_names
-from foveate.ir.program import NodeInfo, Program, info, layer_kv, outputs
+from foveate.ir.program import NodeInfo, Program, args_of, info, layer_kv, outputs
 from foveate.ir.rewriter import Rewriter, map_arg
+
+aten = torch.ops.aten
 
 
 def derive_decode(program: Program) -> fx.Graph:
@@ -106,6 +109,9 @@ class _Decode:
         return k, v, edit.placeholder(f"held_order_{number}", order, about.with_(role="order"))
 
     def _text(self, node: fx.Node) -> fx.Node:
+        if node.target == aten.add.Tensor and _of_deepstack(args_of(node)[1]):
+            # New tokens are text, to which nothing is added.
+            return self.new[args_of(node)[0]]
         return self._copy(node, self.new, self.new.__getitem__)
 
     def _copy(self, node: fx.Node, memory: dict[fx.Node, fx.Node], get: Callable[[fx.Node], fx.Node]) -> fx.Node:
@@ -151,6 +157,13 @@ class _Decode:
         return self.edit.call(ops.attention, *step.args, about=about)
 
 
+def _of_deepstack(value: Any) -> bool:
+    """Whether a value is, or is a part of, the text stream's features of DeepStack."""
+    if isinstance(value, fx.Node) and value.target in (aten.select.int, aten.slice.Tensor):
+        return _of_deepstack(args_of(value)[0])
+    return isinstance(value, fx.Node) and value.op == "placeholder" and value.name == "text_deepstack"
+
+
 def _visual_orders(graph: fx.Graph) -> dict[str, fx.Node]:
     """Input name -> each order tensor of visual keys that the prefill uses."""
     orders = {f"kept_{layer}": node for layer, node in outputs(graph)["kept"].items()}
@@ -168,7 +181,7 @@ def _reachable(wanted: list[fx.Node]) -> list[fx.Node]:
             found[node] = None
         elif node not in found and node.op != "placeholder":
             stack.append((node, True))
-            stack.extend((n, False) for n in reversed(_text_inputs(node)) if n not in found)
+            stack.extend((n, False) for n in reversed(_text_inputs(node)) if n not in found and not _of_deepstack(n))
     return list(found)
 
 

@@ -58,7 +58,8 @@ class ModelInfo:
     linears of a decoder layer: q, k, v, o, gate, up, down. grid: rows and columns of an image's visual tokens.
     config: the Hugging Face configuration as a plain dictionary. patches_per_token: vision patches that become one
     visual token, where the tower takes a batch's patches in one packed sequence. video_token_id: what stands for a
-    video's tokens in a prompt, in families that take videos.
+    video's tokens in a prompt, in families that take videos. patches_per_window: of a whole window, where the tower's
+    attention has windows. deepstack: behind how many of the first layers visual tokens get features of their own added.
     """
 
     family: str
@@ -76,6 +77,8 @@ class ModelInfo:
     config: dict[str, Any]
     patches_per_token: int = 1
     video_token_id: int | None = None
+    patches_per_window: int = 0
+    deepstack: int = 0
 
     @property
     def tokens_per_image(self) -> int:

@@ -25,9 +25,9 @@ Rule = Callable[[Program, str, fx.Graph], Complaints]
 
 
 INPUTS = {
-    "vision": r"pixel_values|questions|patch_positions|cu_seqlens",
+    "vision": r"pixel_values|questions|patch_positions|cu_(window_)?seqlens|interp_(indices|weights)",
     "vision_rest": r"hidden|places|count",
-    "prefill": r"visual|text|(visual|text)_(position_ids|order)|visual_coords|grids|prefix",
+    "prefill": r"visual|text|(visual|text)_(position_ids|order|deepstack)|visual_coords|grids|prefix",
     "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+"
     r"|held_(k|v|order)_\d+",
 }
@@ -37,7 +37,7 @@ OUTPUTS = {"vision": {"out"}, "vision_rest": {"out"}, "prefill": {"logits", "kv"
 """What each graph returns."""
 
 BESIDES = {
-    "vision": {"source", "count"},
+    "vision": {"source", "count", "deepstack"},
     "vision_rest": {"source", "count"},
     "prefill": {"statistics", "held"},
     "decode": {"scores"},

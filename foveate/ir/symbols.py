@@ -1,8 +1,8 @@
 """Named symbolic sizes, and fake values that have them: what graphs know of shapes.
 
-The sizes are `batch`, `images` (of a whole batch, tiles too), `patches` (vision patches of a whole batch),
-`kept_tokens` (that an image has left inside the tower, at most), `visual_tokens`, `text_tokens` and `past_tokens` (of a
-row), and `prefix` (see `foveate.ops.attention`).
+The sizes are `batch`, `images` (of a whole batch, tiles too), `patches` (vision patches of a whole batch), `windows`
+(of their attention), `kept_tokens` (that an image has left inside the tower, at most), `visual_tokens`, `text_tokens`
+and `past_tokens` (of a row), and `prefix` (see `foveate.ops.attention`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Symbols:
         "batch": 3,
         "images": 5,
         "patches": 1332,
+        "windows": 83,
         "kept_tokens": 389,
         "visual_tokens": 10_000_019,
         "text_tokens": 211,

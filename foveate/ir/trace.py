@@ -98,7 +98,8 @@ def import_graph(
     inputs: fakes for the recording's own inputs, in order. layers: how many layers there are, for nodes after the
     last. names: parameter name in the recording -> name in the program. With `causal`, an `order` input [batch,
     sequence] is added and attention becomes `foveate::attention`; otherwise `foveate::encoder_attention`.
-    The graph returns `{"out": value, "kv": [[None, None, k, v] a layer]}` (`kv` only when causal).
+    The graph returns `{"out": value, "kv": [[None, None, k, v] a layer]}` (`kv` only when causal); a second value of
+    the recording, if there is one, is `deepstack`.
     """
     return _Importer(program, exported, layers, names, causal).run(exported.graph.nodes, inputs)
 
@@ -135,8 +136,8 @@ class _Importer:
             if node.op == "placeholder":
                 self.values[node] = self._weight(node) if node.name in self.weights else next(given)
             elif node.op == "output":
-                result = self.values[node.args[0][0]]
-                edit.output({"out": result, "kv": self.kv} if self.causal else {"out": result})
+                made = dict(zip(("out", "deepstack"), (self.values[x] for x in node.args[0]), strict=False))
+                edit.output({**made, "kv": self.kv} if self.causal else made)
             elif node.op != "call_function":
                 raise TraceError(f"unexpected `{node.op}` node {node.name} in the recording")
             elif node.target == repeated.begin:

@@ -23,6 +23,8 @@ aten = torch.ops.aten
 
 OTHERS = {
     "qwen2_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
+    "qwen2_5_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
+    "qwen3_vl": "it has no CLS token, and features of several depths belong to each token",
     "internvl": "a token is four of the patches that attention and CLS see",
     "llava_next": "rows of several tiles stand side by side, with newlines between that are no patches",
     "llava_onevision": "it has no CLS token, and shrinks images and frames behind the tower",

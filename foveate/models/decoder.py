@@ -72,7 +72,8 @@ def sizes(text: Any) -> dict[str, int]:
     }
 
 
-def decoder_inputs(hidden_size: int, axes: tuple[int, ...], size: Size) -> Inputs:
-    """Inputs of `Decoder`; axes: those of the position ids before [batch, sequence]."""
+def decoder_inputs(hidden_size: int, axes: tuple[int, ...], size: Size, deepstack: int = 0) -> Inputs:
+    """Inputs of `Decoder`; axes: those of the position ids before [batch, sequence]; deepstack: levels, if any."""
     tokens = (size("batch"), size("sequence"))
-    return {"hidden": ((*tokens, hidden_size), None), "position_ids": ((*axes, *tokens), torch.int64)}
+    levels: Inputs = {"deepstack": ((*tokens, deepstack, hidden_size), None)} if deepstack else {}
+    return {"hidden": ((*tokens, hidden_size), None), "position_ids": ((*axes, *tokens), torch.int64), **levels}

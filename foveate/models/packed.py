@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.errors import InputError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
+from foveate.models.decoder import PATHS, ROLES, sizes
+from foveate.models.recording import Inputs, Size
 from foveate.models.tiles import Given
 
 GIVEN = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
@@ -24,6 +27,60 @@ KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid
 
 SAMPLE_SIDE = 8
 """Tokens that a side of a random image has at most."""
+POSITION_AXES: tuple[int, ...] = (3,)
+
+GRID = (16, 16)
+"""Visual tokens of a nominal image: 448 x 448 pixels for patches of 14 pixels, merged two by two."""
+
+Block = tuple[Sequence[int], int, int]
+"""Visual tokens that stand in one piece: the time of each frame, rows, and columns."""
+
+
+def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
+    """Packed patches [n, values of a patch], row and column of each, and where each frame begins and ends."""
+    vision = info.config["vision_config"]
+    patch = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    return {
+        "pixel_values": ((size("patches"), patch), None),
+        "patch_positions": ((size("patches"), 2), torch.int64),
+        "cu_seqlens": ((size("images") + 1,), torch.int32),
+    }
+
+
+def about(config: Any, family: str, deepstack: int = 0) -> ModelInfo:
+    """Sizes and names of a model of a family with this configuration; deepstack: see `ModelInfo`.
+
+    Raises UnsupportedModelError for patches that are not square, sliding windows, or a rotary embedding that is not
+    supported.
+    """
+    text, vision = config.text_config, config.vision_config
+    for name in ("patch_size", "temporal_patch_size"):
+        if not isinstance(getattr(vision, name), int):
+            raise UnsupportedModelError(f"{name} {getattr(vision, name)!r} is not supported; one number is")
+    if getattr(text, "sliding_window", None) is not None:
+        raise UnsupportedModelError(
+            f"sliding window attention ({text.sliding_window} tokens) is not supported; use_sliding_window=False is"
+        )
+    merged = vision.spatial_merge_size
+    height, width = (count * merged * vision.patch_size for count in GRID)
+    return ModelInfo(
+        family=family,
+        **sizes(text),
+        image_token_id=config.image_token_id,
+        grid=GRID,
+        image_size=(vision.in_channels, height, width),
+        paths=dict(PATHS),
+        roles=dict(ROLES),
+        config=config.to_dict(),
+        patches_per_token=merged**2,
+        video_token_id=config.video_token_id,
+        deepstack=deepstack,
+    )
+
+
+def tower_layers(model: Any) -> int:
+    """How many tower layers the features need."""
+    return int(model.config.vision_config.depth)
 
 
 def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
@@ -32,7 +89,7 @@ def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
     Raises InputError for patches that do not fit their grids.
     """
     patches, grids = [], []
-    width, merge = _values(info), _merge(info)
+    width, merge = values_of(info), merge_of(info)
     for pixels_name, grid_name in KINDS:
         pixels, grid = given.get(pixels_name), given.get(grid_name)
         if pixels is None and grid is None:
@@ -53,9 +110,9 @@ def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
         grids.append(grid)
     if not patches or not sum(map(len, patches)):
         return None
-    frames = _frames(torch.cat(grids))
+    frames = frames_of(torch.cat(grids))
     lengths = frames.prod(1).cumsum(0)
-    places = torch.cat([_patches(height, width, merge) for height, width in frames.tolist()])
+    places = torch.cat([patch_places(height, width, merge) for height, width in frames.tolist()])
     return {
         "pixel_values": torch.cat(patches),
         "patch_positions": places.to(lengths.device),
@@ -72,7 +129,7 @@ def layout(info: ModelInfo, given: Given, kinds: Tensor, out: Mapping[str, Tenso
     feature, coords = torch.zeros_like(kinds), kinds.new_zeros(len(kinds), 3)
     tokens = units = 0
     for (_, grid_name), mine, name in zip(KINDS, (~video, video), ("image", "video"), strict=True):
-        frames = _frames(_tokens(info, given, grid_name))
+        frames = frames_of(token_grids(info, given, grid_name))
         count = int(frames.prod(1).sum())
         if int(mine.sum()) != count:
             raise InputError(
@@ -92,19 +149,19 @@ def sample(info: ModelInfo, images: int, generator: torch.Generator) -> tuple[li
     if not images:
         return [], {}
     sides = torch.randint(1, SAMPLE_SIDE + 1, (images, 2), generator=generator)
-    grids = torch.cat([torch.ones(images, 1, dtype=torch.int64), sides * _merge(info)], dim=1)
-    pixels = torch.randn(int(grids.prod(1).sum()), _values(info), generator=generator)
+    grids = torch.cat([torch.ones(images, 1, dtype=torch.int64), sides * merge_of(info)], dim=1)
+    pixels = torch.randn(int(grids.prod(1).sum()), values_of(info), generator=generator)
     return sides.prod(1).tolist(), {"pixel_values": pixels, "image_grid_thw": grids}
 
 
 def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
     """Pixels [3, height, width] of each image and frame, as the tower sees them; of two frames in one, the first."""
-    vision, merge = info.config["vision_config"], _merge(info)
+    vision, merge = info.config["vision_config"], merge_of(info)
     side, found = vision["patch_size"], []
     for pixels_name, grid_name in KINDS:
         if given.get(grid_name) is None:
             continue
-        frames = _frames(given[grid_name].cpu()).tolist()
+        frames = frames_of(given[grid_name].cpu()).tolist()
         packed = given[pixels_name].split([height * width for height, width in frames])
         for (height, width), patches in zip(frames, packed, strict=True):
             blocks = patches.view(height // merge, width // merge, merge, merge, 3, -1, side, side)[..., 0, :, :]
@@ -113,12 +170,22 @@ def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
 
 
 def positions(info: ModelInfo, given: Given, ids: Tensor, real: Tensor) -> Tensor:
+    """Positions int64 [3, B, S] of M-RoPE: see `mrope`; a video's frames are one time step apart."""
+    images, videos = (
+        [(range(frames), height, width) for frames, height, width in token_grids(info, given, name).tolist()]
+        for _, name in KINDS
+    )
+    return mrope(info, ids, real, images, videos)
+
+
+def mrope(info: ModelInfo, ids: Tensor, real: Tensor, images: Sequence[Block], videos: Sequence[Block]) -> Tensor:
     """Positions int64 [3, B, S] of M-RoPE (Qwen2-VL, arXiv 2409.12191, section 2.1): time, row and column.
 
-    Text counts on by one in all three. A visual token stands at where its image begins plus its frame, row and column,
-    and the text behind goes on as far as the longer side reached.
+    ids, real: [B, S], tokens, and which are not padding. images, videos: their blocks, in the order of the prompts.
+    Text counts on by one in all three. A visual token stands at where its block begins plus its time, row and column,
+    and the text behind goes on as far as the longer side reached. Raises InputError for blocks that do not fit.
     """
-    queues = {name: iter(_tokens(info, given, name).tolist()) for _, name in KINDS}
+    queues = {False: iter(images), True: iter(videos)}
     found = torch.zeros(3, *ids.shape, dtype=torch.int64)
     visual = info.visual(ids)
     for row, there in enumerate(real.cpu()):
@@ -131,11 +198,11 @@ def positions(info: ModelInfo, given: Given, ids: Tensor, real: Tensor) -> Tenso
                 size = advance = (seen[place] if place < len(seen) else len(tokens)) - at
                 pieces.append(start + torch.arange(size).expand(3, -1))
             else:
-                frames, height, width = next(queues[KINDS[tokens[at] == info.video_token_id][1]], (0, 0, 0))
-                size, advance = frames * height * width, max(height, width)
+                times, height, width = next(queues[tokens[at] == info.video_token_id], ((), 0, 0))
+                size, advance = len(times) * height * width, max(height, width)
                 if len(set(tokens[at : at + size])) != 1 or len(tokens) < at + size:
                     raise InputError(f"row {row}: an image or video has fewer tokens in the prompt than its grid says")
-                axes = [torch.arange(side) for side in (frames, height, width)]
+                axes = [torch.tensor(list(times)), torch.arange(height), torch.arange(width)]
                 pieces.append(start + torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
             at, start = at + size, start + advance
         found[:, row, there] = torch.cat(pieces, dim=1)
@@ -146,7 +213,7 @@ def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]
     """How many rows of what is given belong to each prompt of ids [B, S], by name."""
     counts: dict[str, list[int]] = {"mm_token_type_ids": [1] * len(ids)}
     for (pixels_name, grid_name), token in zip(KINDS, (info.image_token_id, info.video_token_id), strict=True):
-        sizes = _tokens(info, given, grid_name).prod(1).cumsum(0)
+        sizes = token_grids(info, given, grid_name).prod(1).cumsum(0)
         ends = torch.eq(ids, -1 if token is None else token).sum(1).cumsum(0).cpu()
         upto = [0, *torch.searchsorted(sizes, ends, right=True).tolist()]
         patches = torch.nn.functional.pad(sizes, (1, 0))[upto] * info.patches_per_token
@@ -155,20 +222,20 @@ def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]
     return {name: each for name, each in counts.items() if name in given and len(given[name]) == sum(each)}
 
 
-def _tokens(info: ModelInfo, given: Given, name: str) -> Tensor:
+def token_grids(info: ModelInfo, given: Given, name: str) -> Tensor:
     """Frames, rows and columns of visual tokens of each image or video: int64 [I, 3]."""
     grid = given.get(name)
     if grid is None:
         return torch.zeros(0, 3, dtype=torch.int64)
-    return grid.cpu() // torch.tensor([1, _merge(info), _merge(info)])
+    return grid.cpu() // torch.tensor([1, merge_of(info), merge_of(info)])
 
 
-def _frames(grids: Tensor) -> Tensor:
+def frames_of(grids: Tensor) -> Tensor:
     """Rows and columns of each frame: [frames of all, 2]."""
     return grids[:, 1:].repeat_interleave(grids[:, 0], dim=0)
 
 
-def _patches(height: int, width: int, merge: int) -> Tensor:
+def patch_places(height: int, width: int, merge: int) -> Tensor:
     """Row and column of a frame's patches, those that become one token together: int64 [height * width, 2]."""
     sizes = (height // merge, width // merge, merge, merge)
     rows = torch.arange(height).view(sizes[0], 1, merge, 1).expand(sizes)
@@ -182,12 +249,12 @@ def _raster(unit: int, height: int, width: int) -> Tensor:
     return torch.stack([torch.full_like(place, unit), place // width, place % width], dim=1)
 
 
-def _values(info: ModelInfo) -> int:
+def values_of(info: ModelInfo) -> int:
     """Values of a patch."""
     vision = info.config["vision_config"]
     return int(vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2)
 
 
-def _merge(info: ModelInfo) -> int:
+def merge_of(info: ModelInfo) -> int:
     """Patches a side that become one token."""
     return int(info.config["vision_config"]["spatial_merge_size"])

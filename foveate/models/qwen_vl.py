@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
-from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
-from foveate.models.packed import GIVEN, UNIFORM, images_in, layout, pictures, positions, sample, vision_given
-from foveate.models.recording import Inputs, Size
+from foveate.models.decoder import Decoder
+from foveate.models.packed import (
+    GIVEN,
+    POSITION_AXES,
+    UNIFORM,
+    about,
+    images_in,
+    layout,
+    pictures,
+    positions,
+    sample,
+    tower_layers,
+    vision_given,
+    vision_inputs,
+)
 
 __all__ = [
     "GIVEN",
@@ -29,11 +39,6 @@ __all__ = [
     "vision_given",
     "vision_inputs",
 ]
-
-POSITION_AXES: tuple[int, ...] = (3,)
-
-GRID = (16, 16)
-"""Visual tokens of a nominal image: 448 x 448 pixels for patches of 14 pixels, merged two by two."""
 
 
 class Vision(nn.Module):
@@ -57,47 +62,10 @@ class Vision(nn.Module):
         return features
 
 
-def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
-    """Inputs of `Vision`."""
-    vision = info.config["vision_config"]
-    patch = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
-    return {
-        "pixel_values": ((size("patches"), patch), None),
-        "patch_positions": ((size("patches"), 2), torch.int64),
-        "cu_seqlens": ((size("images") + 1,), torch.int32),
-    }
-
-
 def describe(config: Any) -> ModelInfo:
     """Sizes and names of a Qwen2-VL with this configuration.
 
     Raises UnsupportedModelError for patches that are not square, sliding windows, or a rotary embedding that is not
     supported.
     """
-    text, vision = config.text_config, config.vision_config
-    for name in ("patch_size", "temporal_patch_size"):
-        if not isinstance(getattr(vision, name), int):
-            raise UnsupportedModelError(f"{name} {getattr(vision, name)!r} is not supported; one number is")
-    if text.sliding_window is not None:
-        raise UnsupportedModelError(
-            f"sliding window attention ({text.sliding_window} tokens) is not supported; use_sliding_window=False is"
-        )
-    merged = vision.spatial_merge_size
-    height, width = (count * merged * vision.patch_size for count in GRID)
-    return ModelInfo(
-        family="qwen2_vl",
-        **sizes(text),
-        image_token_id=config.image_token_id,
-        grid=GRID,
-        image_size=(vision.in_channels, height, width),
-        paths=dict(PATHS),
-        roles=dict(ROLES),
-        config=config.to_dict(),
-        patches_per_token=merged**2,
-        video_token_id=config.video_token_id,
-    )
-
-
-def tower_layers(model: Any) -> int:
-    """How many tower layers the features need."""
-    return int(model.config.vision_config.depth)
+    return about(config, family="qwen2_vl")

@@ -15,7 +15,7 @@ from foveate.ir.rules import verify
 from foveate.ir.split import split
 from foveate.ir.tail import keep_last
 from foveate.ir.trace import captured_attention
-from foveate.models import internvl, llava, llava_next, llava_onevision, qwen_vl
+from foveate.models import internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, qwen_vl
 from foveate.models.decoder import decoder_inputs
 from foveate.models.recording import first_names, record_graph
 
@@ -25,8 +25,15 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen2_vl": qwen_vl,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
 }
 """Hugging Face `model_type` -> the module that knows the family."""
+
+REFUSED = {
+    "qwen3_vl_moe": "each token chooses its experts, which run as many rows as chose them: that op is not known",
+}
+"""Families that are known, and why they are not supported."""
 
 
 def family_of(model: Any) -> ModuleType:
@@ -38,6 +45,8 @@ def family_of(model: Any) -> ModuleType:
     known = ", ".join(FAMILIES)
     if not isinstance(model, nn.Module) or kind is None:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; supported families: {known}")
+    if kind in REFUSED:
+        raise UnsupportedModelError(f"model family {kind} is not supported: {REFUSED[kind]}; supported: {known}")
     if kind not in FAMILIES:
         raise UnsupportedModelError(f"model family {kind!r} is not supported; supported: {known}")
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
@@ -83,7 +92,7 @@ def trace_joint(model: Any) -> tuple[Any, Program]:
             program,
             model,
             family.Decoder(model),
-            lambda size: decoder_inputs(about.hidden_size, family.POSITION_AXES, size),
+            lambda size: decoder_inputs(about.hidden_size, family.POSITION_AXES, size, about.deepstack),
             layers=about.layers,
             causal=True,
         )

@@ -39,7 +39,7 @@ def recorded(model: Any) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [deep, tiny.qwen2_vl, tiny.internvl], ids=["llava", "qwen", "internvl"])
+@pytest.mark.parametrize("make", [deep, tiny.qwen2_vl, tiny.qwen2_5_vl, tiny.qwen3_vl, tiny.internvl])
 def test_the_text_is_that_of_a_recording_of_every_layer(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ PIPELINES = (
 class Prompt:
     """Embeddings [B, S, D] and positions [..., B, S] of a prompt with one image, whole and in streams.
 
-    start: where the image begins; visual: how many tokens it has; split: inputs of a split prefill graph.
+    start: where the image begins; visual: how many tokens it has; split: inputs of a split prefill graph. deepstack:
+    [B, visual, levels, D], what is added to the image's tokens behind the first layers.
     """
 
     hidden: Tensor
@@ -44,6 +45,25 @@ class Prompt:
     start: int
     visual: int
     prefix: int
+    deepstack: Tensor | None = None
+
+    @property
+    def everywhere(self) -> dict[str, Tensor]:
+        """What is added to each token: [B, S, levels, D]."""
+        if self.deepstack is None:
+            return {}
+        behind = self.hidden.shape[1] - self.start - self.visual
+        return {"deepstack": torch.nn.functional.pad(self.deepstack, (0, 0, 0, 0, self.start, behind))}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The same as a transformers decoder takes it."""
+        if self.deepstack is None:
+            return {}
+        places = torch.arange(self.hidden.shape[1]).expand(len(self.hidden), -1)
+        mask = (places >= self.start) & (places < self.start + self.visual)
+        levels = [level.flatten(0, 1) for level in self.deepstack.unbind(2)]
+        return {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
 
     @property
     def split(self) -> dict[str, Any]:
@@ -56,6 +76,7 @@ class Prompt:
             inputs[stream] = self.hidden[:, index]
             inputs[f"{stream}_position_ids"] = self.positions[..., index]
             inputs[f"{stream}_order"] = index.repeat(len(self.hidden), 1)
+            inputs |= {f"{stream}_{name}": value[:, index] for name, value in self.everywhere.items()}
         return inputs
 
 
@@ -93,7 +114,8 @@ def near(actual: Any, expected: Tensor) -> None:
 def reference(source: Any, prompt: Prompt) -> tuple[Tensor, Any]:
     """Logits [B, 1, V] and the cache of the transformers decoder."""
     with torch.no_grad():
-        result = source.model.language_model(inputs_embeds=prompt.hidden, position_ids=prompt.positions, use_cache=True)
+        options = {"position_ids": prompt.positions, "use_cache": True, **prompt.given}
+        result = source.model.language_model(inputs_embeds=prompt.hidden, **options)
         return source.lm_head(result.last_hidden_state[:, -1:]), result.past_key_values
 
 
@@ -101,7 +123,8 @@ def check_joint(source: Any, program: Program, joint: fx.Graph, prompt: Prompt) 
     """The joint graph gives the logits and the cache of the model."""
     logits, cache = reference(source, prompt)
     order = torch.arange(prompt.hidden.shape[1]).repeat(2, 1)
-    actual = run(program, joint, {"hidden": prompt.hidden, "position_ids": prompt.positions, "order": order})
+    given = {"hidden": prompt.hidden, "position_ids": prompt.positions, "order": order, **prompt.everywhere}
+    actual = run(program, joint, given)
     near(actual["out"], logits)
     for entry, layer in zip(actual["kv"], cache.layers, strict=True):
         near(entry[2], layer.keys)
@@ -113,7 +136,7 @@ def check_split(source: Any, program: Program, prompt: Prompt) -> None:
     logits, _ = reference(source, prompt)
     for graph in (program.prefill, join(program, program.prefill)):
         near(run(program, graph, prompt.split)["logits"], logits)
-    shorter = Prompt(prompt.hidden[:, :-1], prompt.positions[..., :-1], prompt.start, prompt.visual, prompt.prefix)
+    shorter = replace(prompt, hidden=prompt.hidden[:, :-1], positions=prompt.positions[..., :-1])
     near(step(program, shorter, prompt), logits)
 
 

@@ -38,7 +38,8 @@ def made(model: Any, seed: int, rows: list[list[int]] | None = None, padding: st
         for kind in [kind for kind, count in enumerate(counts) for _ in range(count)]:
             token, found = family.image(draw) if kind == 0 else family.video(draw)
             words = _text(model, draw, draw.randrange(1, 4))
-            row, places = [*row, *[token] * len(found), *words], [*places, *found, *[(-1, -1, -1)] * len(words)]
+            shown = [token if place[0] >= 0 else _text(model, draw, 1)[0] for place in found]
+            row, places = [*row, *shown, *words], [*places, *found, *[(-1, -1, -1)] * len(words)]
         ids.append(row)
         coords.append(places)
     longest = max(map(len, ids))
@@ -194,9 +195,29 @@ class OneVision(Detailed):
         return found
 
 
+class Timed(Grids):
+    """Qwen2.5-VL: a video also says how many seconds lie between its frames."""
+
+    def given(self) -> dict[str, Tensor]:
+        videos = len(self.grids["video"])
+        seconds = {"second_per_grid_ts": 0.2 + 2 * torch.rand(videos, generator=self.generator)} if videos else {}
+        return {**super().given(), **seconds}
+
+
+class Told(Grids):
+    """Qwen3-VL: words between a video's frames say when they were."""
+
+    def video(self, draw: random.Random) -> tuple[int, list[tuple[int, int, int]]]:
+        token, places = super().video(draw)
+        frames = [list(group) for _, group in itertools.groupby(places, key=lambda place: place[0])]
+        return token, [place for frame in frames for place in (*frame, (-1, -1, -1))]
+
+
 FAMILIES: dict[str, Callable[[Any, int], Any]] = {
     "internvl": Tiles,
     "qwen2_vl": Grids,
     "llava_next": Detailed,
     "llava_onevision": OneVision,
+    "qwen2_5_vl": Timed,
+    "qwen3_vl": Told,
 }

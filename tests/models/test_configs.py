@@ -22,6 +22,8 @@ PUBLISHED = {
     "llava-onevision-qwen2-7b": (8.03e9, 729),
     "llava-v1.6-vicuna-7b": (7.06e9, 576),
     "qwen2-vl-7b": (8.29e9, 256),
+    "qwen2.5-vl-7b": (8.29e9, 256),
+    "qwen3-vl-4b": (4.44e9, 256),
 }
 each = pytest.mark.parametrize("name", PUBLISHED)
 

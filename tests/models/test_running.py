@@ -27,9 +27,11 @@ MODELS: dict[str, Any] = {
     "llava-next, mistral": lambda: tiny.llava_next("mistral"),
     "llava-next, qwen2": lambda: tiny.llava_next("qwen2", vision={"image_size": 26}, image_grid_pinpoints=PINPOINTS),
     "llava-onevision, qwen2": tiny.llava_onevision,
+    "qwen2.5-vl": tiny.qwen2_5_vl,
+    "qwen3-vl": tiny.qwen3_vl,
 }
 PINPOINTS = [[26, 52], [52, 26], [52, 52], [78, 26], [26, 78], [52, 78]]
-VIDEOS = ("qwen2-vl", "llava-onevision, qwen2")
+VIDEOS = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision, qwen2")
 each = pytest.mark.parametrize("name", MODELS)
 
 ROWS: tuple[list[list[int]], ...] = ([[1]], [[2], [0], [1]], [[0], [0]], [[1], [1]])

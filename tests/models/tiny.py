@@ -11,9 +11,12 @@ from transformers import (
     InternVLConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
+    Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3VLConfig,
 )
 
+import foveate.kernels  # noqa: F401  # what graphs run on
 from foveate.ir.program import Program
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, VOCAB = 32, 3, 4, 2, 48, 64
@@ -39,6 +42,55 @@ def qwen2_vl(device: str = "cpu", text: dict[str, Any] | None = None) -> Any:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0}
     config = Qwen2VLConfig(
         text_config={**TEXT, "rope_parameters": rope, **(text or {})},
+        vision_config=tower,
+        image_token_id=VOCAB - 1,
+        video_token_id=VOCAB - 2,
+        tie_word_embeddings=False,
+    )
+    return build(config, device)
+
+
+def qwen2_5_vl(device: str = "cpu", text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Any:
+    """A Qwen2.5-VL with windows of two by two tokens; `text` changes its decoder, `vision` its tower."""
+    tower = {
+        "depth": 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 8,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+        **(vision or {}),
+    }
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0}
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": rope, **(text or {})},
+        vision_config=tower,
+        image_token_id=VOCAB - 1,
+        video_token_id=VOCAB - 2,
+        tie_word_embeddings=False,
+    )
+    return build(config, device)
+
+
+def qwen3_vl(device: str = "cpu", text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Any:
+    """A Qwen3-VL with DeepStack behind two of its three layers; `text` changes its decoder, `vision` its tower."""
+    tower = {
+        "depth": 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 8,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 1],
+        **(vision or {}),
+    }
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1000.0, "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": HIDDEN // HEADS, "rope_parameters": rope, **(text or {})},
         vision_config=tower,
         image_token_id=VOCAB - 1,
         video_token_id=VOCAB - 2,

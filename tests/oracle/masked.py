@@ -99,8 +99,10 @@ def masked_greedy(
     """The next `new_tokens` most likely tokens, int64 [B, new_tokens], without any cache: the whole
     prompt runs again for each token.
 
-    With `hold_choices` the visual tokens that were pruned for the prompt stay the pruned ones, as they
-    do when decoding from a cache; otherwise each longer prompt chooses anew. No end token is heeded.
+    New tokens stand behind the farthest position, as in transformers' own `generate`: with M-RoPE a video's last
+    frame may be farther along than the text behind it. With `hold_choices` the visual tokens that were pruned for the
+    prompt stay the pruned ones, as they do when decoding from a cache; otherwise each longer prompt chooses anew. No
+    end token is heeded.
     """
     if "position_ids" in inputs:
         raise NotImplementedError("position_ids are not extended; leave them out")
@@ -111,6 +113,8 @@ def masked_greedy(
         prunes = tuple(replace(p, choose="given", given=k, by=None, mix=m) for p, k, m in held)
         masks = replace(masks, prunes=prunes)
     produced: list[Tensor] = []
+    grids = hasattr(model.model, "get_rope_index")
+    inputs = {**inputs, "position_ids": _positions(model, inputs, inputs["attention_mask"])} if grids else inputs
     for _ in range(new_tokens):
         token = masked_forward(model, inputs, masks).logits.argmax(-1)
         if bool(_kinds(model, token).any()):
@@ -356,6 +360,7 @@ def _positions(model: Any, inputs: Mapping[str, Tensor], attended: Tensor) -> Te
     if hasattr(model.model, "get_rope_index"):
         ids = inputs["input_ids"]
         grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        grids |= {name: inputs[name] for name in ("second_per_grid_ts",) if name in inputs}
         kinds = _kinds(model, ids).int()
         found = model.model.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=attended.long(), **grids)
         return found[0]
@@ -391,6 +396,10 @@ def _appended(inputs: Mapping[str, Tensor], masks: Masks, token: Tensor) -> tupl
         "input_ids": torch.cat([inputs["input_ids"], token[:, None]], dim=1),
         "attention_mask": torch.cat([attended, torch.ones_like(attended[:, :1])], dim=1),
     }
+    if "position_ids" in inputs:
+        positions = inputs["position_ids"]
+        behind = positions.amax((0, 2), keepdim=True) + 1
+        new["position_ids"] = torch.cat([positions, behind.expand(len(positions), -1, 1)], dim=2)
 
     def extended(given: Tensor) -> Tensor:
         return torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)

@@ -27,7 +27,7 @@ from foveate.passes import (
     VisPruner,
 )
 from foveate.passes.pipeline import apply_pipeline
-from tests.models.tiny import internvl, llava_next, llava_onevision, qwen2_vl
+from tests.models.tiny import internvl, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from tests.oracle import vision
 from tests.oracle.masked import masked_forward
 from tests.oracle.masks import Masks, Neighbors, Prune
@@ -268,15 +268,17 @@ def test_kept_places_are_those_of_the_patches(mha: Any) -> None:
         assert kept[row].tolist() == expected + [PAD] * (12 - len(expected))
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (qwen2_vl, "it has no CLS token"),
-        (internvl, "four of the patches"),
-        (llava_next, "rows of several tiles stand side by side"),
-        (llava_onevision, "it has no CLS token, and shrinks images"),
-    ],
-)
+TOWERS = [
+    (qwen2_vl, "it has no CLS token"),
+    (qwen2_5_vl, "it has no CLS token"),
+    (qwen3_vl, "features of several depths"),
+    (internvl, "four of the patches"),
+    (llava_next, "rows of several tiles stand side by side"),
+    (llava_onevision, "it has no CLS token, and shrinks images"),
+]
+
+
+@pytest.mark.parametrize(("model", "reason"), TOWERS)
 @pytest.mark.parametrize("passes", ["fastervlm", "visionzip", "cls-curve", "tome", "divprune"])
 def test_towers_of_other_families_are_refused_with_the_reason(
     model: Callable[[], Any], reason: str, passes: str

@@ -6,6 +6,7 @@ takes the longer of its arithmetic and its memory traffic on a device; see `fove
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -148,6 +149,7 @@ class Forecast:
         about = program.info
         visual = images * about.tokens_per_image if visual_tokens is None else visual_tokens
         left = program.tokens_left if kept_tokens is None else kept_tokens
+        patches = batch * visual * about.patches_per_token
         prefix = text_tokens // 2 if prefix_tokens is None else prefix_tokens
         past = text_tokens + new_tokens // 2 if past_tokens is None else past_tokens
         if text_tokens < 1 or batch < 1:
@@ -166,7 +168,8 @@ class Forecast:
             "images": batch * images,
             "visual_tokens": visual * left // about.tokens_per_image,
             "kept_tokens": left,
-            "patches": batch * visual * about.patches_per_token,
+            "patches": patches,
+            "windows": math.ceil(patches / about.patches_per_window) if about.patches_per_window else 0,
             # Text between several images leaves attention no structure to use.
             "prefix": prefix if images <= 1 else -1,
         }
