@@ -11,7 +11,7 @@ from transformers import vision_utils
 
 import foveate
 from foveate import ops
-from foveate.errors import BackendError, InputError, UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.cost import cost_of
 from foveate.ir.program import info
 from foveate.models import qwen2_5_vl
@@ -147,8 +147,3 @@ def test_what_cannot_be_traced_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match=r"sliding window attention \(16 tokens\) is not supported"):
         text = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
         trace_program(tiny.qwen2_5_vl("meta", text=text))
-
-
-def test_onnx_refuses_attention_over_packed_patches() -> None:
-    with pytest.raises(BackendError, match="varlen_attention"):
-        foveate.optimize(traced()[0], "", traced=traced()[2], backend="onnx")

@@ -12,7 +12,7 @@ from transformers import vision_utils
 
 import foveate
 from foveate import ops
-from foveate.errors import BackendError, InputError, UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.cost import cost_of
 from foveate.ir.program import args_of, info
 from foveate.models import qwen3_vl
@@ -211,8 +211,3 @@ def test_experts_are_refused_by_name() -> None:
 
     with pytest.raises(UnsupportedModelError, match="qwen3_vl_moe is not supported: each token chooses its experts"):
         family_of(Qwen3VLMoeForConditionalGeneration())
-
-
-def test_onnx_refuses_attention_over_packed_patches() -> None:
-    with pytest.raises(BackendError, match="varlen_attention"):
-        foveate.optimize(traced()[0], "", traced=traced()[2], backend="onnx")
