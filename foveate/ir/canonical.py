@@ -4,6 +4,7 @@
     split, chunk, unbind          a slice, or a select, for each piece
     permute of two axes           transpose
     convolution in one position   linear
+    convolution, padding "valid"  convolution without padding
     linear that is cut in parts   a linear for each part (`unfuse`)
 
 What the analyses and the passes have to know is then a short list of ops, whichever way a model spells them.
@@ -70,6 +71,8 @@ def canonical(edit: Rewriter, node: fx.Node, args: Any, kwargs: Any, about: Node
         return edit.call(aten.transpose.int, args[0], *swapped, about=about)
     if op in _CONVOLUTIONS and _covers_its_input(node):
         return _convolution(edit, args, about)
+    if op == aten.conv2d.padding and (len(args) < 5 or args[4] == "valid"):
+        return edit.call(aten.conv2d.default, *args[:4], *((0, *args[5:]) if args[5:] else ()), about=about, **kwargs)
     result = edit.call(op, *args, about=about, **kwargs)
     noop = op in (aten.slice.Tensor, aten.expand.default) and shape(result) == shape(args[0])
     if noop:

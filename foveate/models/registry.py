@@ -15,11 +15,17 @@ from foveate.ir.rules import verify
 from foveate.ir.split import split
 from foveate.ir.tail import keep_last
 from foveate.ir.trace import captured_attention
-from foveate.models import internvl, llava, qwen_vl
+from foveate.models import internvl, llava, qwen_vl, smolvlm
 from foveate.models.decoder import decoder_inputs
 from foveate.models.recording import first_names, record_graph
 
-FAMILIES: dict[str, ModuleType] = {"llava": llava, "internvl": internvl, "qwen2_vl": qwen_vl}
+FAMILIES: dict[str, ModuleType] = {
+    "llava": llava,
+    "internvl": internvl,
+    "qwen2_vl": qwen_vl,
+    "smolvlm": smolvlm,
+    "idefics3": smolvlm,
+}
 """Hugging Face `model_type` -> the module that knows the family."""
 
 

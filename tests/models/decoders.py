@@ -93,7 +93,8 @@ def near(actual: Any, expected: Tensor) -> None:
 def reference(source: Any, prompt: Prompt) -> tuple[Tensor, Any]:
     """Logits [B, 1, V] and the cache of the transformers decoder."""
     with torch.no_grad():
-        result = source.model.language_model(inputs_embeds=prompt.hidden, position_ids=prompt.positions, use_cache=True)
+        decoder = source.model.get_decoder()
+        result = decoder(inputs_embeds=prompt.hidden, position_ids=prompt.positions, use_cache=True)
         return source.lm_head(result.last_hidden_state[:, -1:]), result.past_key_values
 
 

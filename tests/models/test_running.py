@@ -23,6 +23,8 @@ MODELS = {
     "internvl, qwen2": lambda: tiny.internvl("qwen2", vision={"image_size": 48}),
     "internvl, phi3": lambda: tiny.internvl("phi3", vision={"image_size": 48}),
     "qwen2-vl": tiny.qwen2_vl,
+    "smolvlm": tiny.smolvlm,
+    "idefics3": lambda: tiny.smolvlm("idefics3", image_size=48),
 }
 VIDEOS = ("qwen2-vl",)
 each = pytest.mark.parametrize("name", MODELS)
