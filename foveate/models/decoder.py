@@ -36,7 +36,12 @@ FUSED_ROLES = {
 
 
 class Decoder(nn.Module):
-    """Embeddings [B, S, hidden size] and positions [..., B, S] to logits [B, 1, V] of the token after the last."""
+    """Embeddings [B, S, hidden size] and positions [..., B, S] to logits [B, 1, V] of the token after the last.
+
+    inside: what the model calls its decoder.
+    """
+
+    inside = "language_model"
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -44,9 +49,8 @@ class Decoder(nn.Module):
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """Decoder layers, final norm, head."""
-        states = self.model.model.language_model(
-            inputs_embeds=hidden, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        layers = getattr(self.model.model, self.inside)
+        states = layers(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
         logits = self.model.lm_head(states[:, -1:])
         assert isinstance(logits, Tensor)  # the head is a plain linear
         return logits

@@ -15,7 +15,7 @@ from foveate.ir.rules import verify
 from foveate.ir.split import split
 from foveate.ir.tail import keep_last
 from foveate.ir.trace import captured_attention
-from foveate.models import internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, qwen_vl
+from foveate.models import internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, qwen_vl, smolvlm
 from foveate.models.decoder import decoder_inputs
 from foveate.models.recording import first_names, record_graph
 
@@ -27,6 +27,8 @@ FAMILIES: dict[str, ModuleType] = {
     "llava_onevision": llava_onevision,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "smolvlm": smolvlm,
+    "idefics3": smolvlm,
 }
 """Hugging Face `model_type` -> the module that knows the family."""
 

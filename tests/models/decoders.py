@@ -115,7 +115,7 @@ def reference(source: Any, prompt: Prompt) -> tuple[Tensor, Any]:
     """Logits [B, 1, V] and the cache of the transformers decoder."""
     with torch.no_grad():
         options = {"position_ids": prompt.positions, "use_cache": True, **prompt.given}
-        result = source.model.language_model(inputs_embeds=prompt.hidden, **options)
+        result = source.model.get_decoder()(inputs_embeds=prompt.hidden, **options)
         return source.lm_head(result.last_hidden_state[:, -1:]), result.past_key_values
 
 

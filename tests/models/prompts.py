@@ -38,8 +38,9 @@ def made(model: Any, seed: int, rows: list[list[int]] | None = None, padding: st
         for kind in [kind for kind, count in enumerate(counts) for _ in range(count)]:
             token, found = family.image(draw) if kind == 0 else family.video(draw)
             words = _text(model, draw, draw.randrange(1, 4))
-            shown = [token if place[0] >= 0 else _text(model, draw, 1)[0] for place in found]
-            row, places = [*row, *shown, *words], [*places, *found, *[(-1, -1, -1)] * len(words)]
+            tokens = [token if place else _text(model, draw, 1)[0] for place in found]
+            seen = [place or (-1, -1, -1) for place in found]
+            row, places = [*row, *tokens, *words], [*places, *seen, *[(-1, -1, -1)] * len(words)]
         ids.append(row)
         coords.append(places)
     longest = max(map(len, ids))
@@ -60,7 +61,7 @@ def _text(model: Any, draw: random.Random, length: int) -> list[int]:
 
 
 class Family:
-    """What a batch's images are made of, one by one."""
+    """What a batch's images are made of, one by one; a place that is None is a word within an image."""
 
     def __init__(self, model: Any, seed: int) -> None:
         self.config = model.config
@@ -95,6 +96,34 @@ class Tiles(Family):
 
     def given(self) -> dict[str, Tensor]:
         return {"pixel_values": self.noise(self.tiles, 3, *self.size)} if self.tiles else {}
+
+
+class PaddedTiles(Family):
+    """SmolVLM, Idefics3: an image is one tile, or rows and columns of them and a small one; each prompt has a row."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        super().__init__(model, seed)
+        vision = self.config.vision_config
+        self.size = vision.image_size
+        self.side = self.size // vision.patch_size // self.config.scale_factor
+        self.tiles: list[int] = []
+
+    def begin(self, counts: list[int]) -> None:
+        self.tiles.append(0)
+
+    def image(self, draw: random.Random) -> tuple[int, list[tuple[int, int, int] | None]]:
+        tiles = draw.choice((1, 1 * 2 + 1, 3 * 1 + 1))
+        self.tiles[-1] += tiles
+        return self.config.image_token_id, [p for _ in range(tiles) for p in (None, *self.raster(self.side, self.side))]
+
+    def given(self) -> dict[str, Tensor]:
+        most = max(self.tiles)
+        if not most:
+            return {}
+        pixels = self.noise(len(self.tiles), most, 3, self.size, self.size)
+        there = torch.arange(most) < torch.tensor(self.tiles)[:, None]
+        mask = there[:, :, None, None].expand(-1, -1, self.size, self.size)
+        return {"pixel_values": pixels * mask[:, :, None], "pixel_attention_mask": mask.long()}
 
 
 class Grids(Family):
@@ -210,7 +239,7 @@ class Told(Grids):
     def video(self, draw: random.Random) -> tuple[int, list[tuple[int, int, int]]]:
         token, places = super().video(draw)
         frames = [list(group) for _, group in itertools.groupby(places, key=lambda place: place[0])]
-        return token, [place for frame in frames for place in (*frame, (-1, -1, -1))]
+        return token, [place for frame in frames for place in (*frame, None)]
 
 
 FAMILIES: dict[str, Callable[[Any, int], Any]] = {
@@ -220,4 +249,6 @@ FAMILIES: dict[str, Callable[[Any, int], Any]] = {
     "llava_onevision": OneVision,
     "qwen2_5_vl": Timed,
     "qwen3_vl": Told,
+    "smolvlm": PaddedTiles,
+    "idefics3": PaddedTiles,
 }

@@ -29,6 +29,8 @@ MODELS: dict[str, Any] = {
     "llava-onevision, qwen2": tiny.llava_onevision,
     "qwen2.5-vl": tiny.qwen2_5_vl,
     "qwen3-vl": tiny.qwen3_vl,
+    "smolvlm": tiny.smolvlm,
+    "idefics3": lambda: tiny.smolvlm("idefics3", image_size=48),
 }
 PINPOINTS = [[26, 52], [52, 26], [52, 52], [78, 26], [26, 78], [52, 78]]
 VIDEOS = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision, qwen2")

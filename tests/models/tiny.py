@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     InternVLConfig,
     LlavaNextConfig,
@@ -177,6 +178,28 @@ def llava_onevision(
         image_token_index=VOCAB - 1,
         video_token_index=VOCAB - 2,
         **settings,
+    )
+    return build(config, device)
+
+
+def smolvlm(kind: str = "smolvlm", device: str = "cpu", **vision: Any) -> Any:
+    """A SmolVLM, or an Idefics3, with four visual tokens a tile; vision: changes of its tower."""
+    tower = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 33,
+        "patch_size": 8,
+        **vision,
+    }
+    config = AutoConfig.for_model(
+        kind,
+        text_config={"model_type": "llama", **TEXT},
+        vision_config=tower,
+        image_token_id=VOCAB - 1,
+        scale_factor=2,
+        tie_word_embeddings=False,
     )
     return build(config, device)
 

@@ -342,7 +342,9 @@ def _ffn_hook(run: _Run, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]]
 
 
 def _decoder(model: Any) -> Any:
-    return getattr(model.model, "language_model", model.model)
+    return next(
+        (getattr(model.model, n) for n in ("language_model", "text_model") if hasattr(model.model, n)), model.model
+    )
 
 
 def _layers(model: PreTrainedModel) -> Any:

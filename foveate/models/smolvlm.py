@@ -1,0 +1,229 @@
+"""SmolVLM, SmolVLM2 and Idefics3: a SigLIP tower without CLS over tiles, pixel shuffling, a linear, a Llama decoder.
+
+An image is one tile, or several in rows and columns and a small one of the whole; the words that say which is which
+are plain text between them, and a video is frames, each of one tile. So tiles are all that is seen of either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import InputError, UnsupportedModelError
+from foveate.ir.layout import Layout
+from foveate.ir.program import ModelInfo
+from foveate.models import decoder, tiles
+from foveate.models.recording import Inputs, Size
+from foveate.models.tiles import POSITION_AXES, Given, positions
+
+__all__ = [
+    "GIVEN",
+    "POSITION_AXES",
+    "UNIFORM",
+    "Decoder",
+    "Vision",
+    "describe",
+    "images_in",
+    "layout",
+    "pictures",
+    "positions",
+    "sample",
+    "tower_layers",
+    "vision_given",
+    "vision_inputs",
+]
+
+GIVEN = ("pixel_values", "pixel_attention_mask")
+"""Both [B, tiles, ...], a row a prompt; rows with fewer tiles are filled up with tiles that are zero everywhere."""
+
+UNIFORM = False
+"""Tiles are, but those of a prompt stand in a row of their own, which only this module takes apart."""
+
+PATHS = {name: path.replace("language_model", "text_model") for name, path in decoder.PATHS.items()}
+
+
+class Vision(nn.Module):
+    """Tiles [I, C, height, width] to visual embeddings [I, tokens per tile, hidden size]; a tile counts as an image."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.places = _places(_side(model.config.vision_config))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Tower, pixel shuffling, linear.
+
+        The tower is called part by part, because its own call finds the positions in a mask of each tile's pixels,
+        and they are the same for all tiles that are whole; others are refused.
+        """
+        inner = self.model.model
+        tower = inner.vision_model
+        patches = tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        hidden = patches + self._positions(tower.embeddings.position_embedding.weight)
+        hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+        features = inner.connector(tower.post_layernorm(hidden))
+        assert isinstance(features, Tensor)  # the connector is a plain module
+        return features
+
+    def _positions(self, table: Tensor) -> Tensor:
+        """The embedding of each patch's position: [patches, C]."""
+        side = len(self.places)
+        if self.places == list(range(side)):
+            return table
+        grid: Tensor = table.unflatten(0, (side, side))
+        for axis in (0, 1):
+            grid = torch.cat([grid.narrow(axis, place, 1) for place in self.places], axis)
+        return grid.flatten(0, 1)
+
+
+class Decoder(decoder.Decoder):
+    """As in other families, under another name."""
+
+    inside = "text_model"
+
+
+def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
+    """Inputs of `Vision`."""
+    return {"pixel_values": ((size("images"), *info.image_size), None)}
+
+
+def describe(config: Any) -> ModelInfo:
+    """Sizes and names of a SmolVLM or Idefics3 with this configuration.
+
+    Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported, and for tiles that
+    cannot be shuffled.
+    """
+    text, vision, scale = config.text_config, config.vision_config, config.scale_factor
+    name = {"smolvlm": "a SmolVLM", "idefics3": "an Idefics3"}[config.model_type]
+    if vision.model_type not in ("smolvlm_vision", "idefics3_vision"):
+        raise UnsupportedModelError(
+            f"vision tower {vision.model_type!r} is not supported in {name}; smolvlm_vision and idefics3_vision are"
+        )
+    if text.model_type != "llama":
+        raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in {name}; llama is")
+    for size in ("image_size", "patch_size"):
+        if not isinstance(getattr(vision, size), int):
+            raise UnsupportedModelError(f"{size} {getattr(vision, size)!r} is not supported in {name}; one number is")
+    side = _side(vision)
+    if side % scale:
+        raise UnsupportedModelError(
+            f"a tile of {side} x {side} patches cannot be shuffled by {scale}; its side must be divisible"
+        )
+    return ModelInfo(
+        family=config.model_type,
+        **decoder.sizes(text),
+        image_token_id=config.image_token_id,
+        grid=(side // scale, side // scale),
+        image_size=(vision.num_channels, vision.image_size, vision.image_size),
+        paths=dict(PATHS),
+        roles=dict(decoder.ROLES),
+        config=config.to_dict(),
+    )
+
+
+def tower_layers(model: Any) -> int:
+    """How many tower layers the features need."""
+    return int(model.config.vision_config.num_hidden_layers)
+
+
+def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
+    """What the vision graph takes: the tiles of all prompts that are not filling, or None where there is none.
+
+    Raises InputError for tiles of another size, and for masks that hide a part of one.
+    """
+    return tiles.vision_given(info, _seen(info, given))
+
+
+def layout(info: ModelInfo, given: Given, kinds: Tensor, out: Any) -> Layout:
+    """What stands at the image tokens `kinds` [P]; InputError where tiles are not as many as the prompts say."""
+    return tiles.layout(info, _seen(info, given), kinds, out)
+
+
+def sample(info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+    """Random tiles, one an image: how many tokens each becomes, and the tiles in one row, as for a single prompt."""
+    pixels = torch.randn(1, images, *info.image_size, generator=generator)
+    return [info.tokens_per_image] * images, {"pixel_values": pixels} if images else {}
+
+
+def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
+    """Pixels [3, height, width] of each tile, as the tower sees them."""
+    return list(_seen(info, given).get("pixel_values", ()))
+
+
+def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
+    """One row of what is given belongs to each prompt of ids [B, S].
+
+    Raises InputError where a prompt's row does not hold as many tiles as the prompt says.
+    """
+    pixels = given.get("pixel_values")
+    if pixels is not None:
+        counts = (info.visual(ids).sum(1) // info.tokens_per_image).tolist()
+        found = [int(row.sum()) for row in _real(info, pixels)] if len(pixels) == len(ids) else []
+        if found != counts:
+            raise InputError(
+                f"pixel_values has {found or len(pixels)} {'tiles in its rows' if found else 'rows'}, and the prompts "
+                f"want {counts} tiles: give each prompt its tiles in a row of its own"
+            )
+    return {name: [1] * len(ids) for name in given if name in GIVEN}
+
+
+def _seen(info: ModelInfo, given: Given) -> dict[str, Tensor]:
+    """The tiles that the tower sees: `pixel_values` [I, C, height, width], if any are given."""
+    pixels, mask = given.get("pixel_values"), given.get("pixel_attention_mask")
+    if pixels is None:
+        return {}
+    if pixels.dim() != 5 or tuple(pixels.shape[2:]) != info.image_size:
+        raise InputError(
+            f"pixel_values has shape {tuple(pixels.shape)}; this model takes [prompts, tiles of the longest, "
+            f"{', '.join(map(str, info.image_size))}]"
+        )
+    real = _real(info, pixels)
+    if mask is not None:
+        if mask.shape != (*pixels.shape[:2], *pixels.shape[3:]):
+            raise InputError(
+                f"pixel_attention_mask has shape {tuple(mask.shape)}; with pixel_values of {tuple(pixels.shape)} it is "
+                f"[{', '.join(map(str, (*pixels.shape[:2], *pixels.shape[3:])))}]"
+            )
+        side, patch = _sizes(info)
+        # What is left over at the right and the bottom is in no patch.
+        shown = mask[real][:, : side * patch, : side * patch].bool().unflatten(2, (side, patch)).any(3)
+        if not bool(shown.unflatten(1, (side, patch)).any(2).all()):
+            raise InputError(
+                "pixel_attention_mask hides a part of a tile; this model takes tiles that are whole, as its processor "
+                "makes them"
+            )
+    return {"pixel_values": pixels[real]}
+
+
+def _real(info: ModelInfo, pixels: Tensor) -> Tensor:
+    """Which tiles [B, tiles, C, height, width] are no filling: bool [B, tiles]."""
+    real = pixels.flatten(2).any(2)
+    if info.family == "smolvlm" and real.numel():
+        # Where all are zero, SmolVLM of transformers sees the first, and Idefics3 none.
+        real.view(-1)[0] |= ~real.any()
+    return real
+
+
+def _sizes(info: ModelInfo) -> tuple[int, int]:
+    """Patches along a tile's side, and pixels along a patch's."""
+    patch = int(info.config["vision_config"]["patch_size"])
+    return info.image_size[1] // patch, patch
+
+
+def _side(vision: Any) -> int:
+    """Patches along a tile's side."""
+    return int(vision.image_size // vision.patch_size)
+
+
+def _places(side: int) -> list[int]:
+    """Which row of the table of positions belongs to each of a whole tile's rows of patches; for columns the same.
+
+    Positions are found by comparing fractions, i / side with multiples of 1 / side (NaViT, arXiv 2307.06304, as
+    transformers does it), and not all of them come out exactly in fp32: of 19 rows some share a position.
+    """
+    step = 1 / side
+    shares = (torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor([side]))).clamp(max=1 - 1e-6)
+    found: list[int] = torch.bucketize(shares, torch.arange(step, 1.0, step), right=True).tolist()
+    return found
