@@ -41,7 +41,9 @@ __all__ = [
 ]
 
 SECONDS = "second_per_grid_ts"
-"""How many seconds lie between two of a video's frames: fp32 [videos]; one second where it is not given."""
+"""How many seconds lie between two of a video's frames: fp32 [videos]; one second where it is not given.
+
+Fractions count, as in transformers 5.24; 5.17 still dropped them."""
 
 GIVEN = (*packed.GIVEN, SECONDS)
 

@@ -225,12 +225,13 @@ class OneVision(Detailed):
 
 
 class Timed(Grids):
-    """Qwen2.5-VL: a video also says how many seconds lie between its frames."""
+    """Qwen2.5-VL: a video also says how many seconds lie between its frames; whole ones, as older transformers take."""
 
     def given(self) -> dict[str, Tensor]:
-        videos = len(self.grids["video"])
-        seconds = {"second_per_grid_ts": 0.2 + 2 * torch.rand(videos, generator=self.generator)} if videos else {}
-        return {**super().given(), **seconds}
+        if not self.grids["video"]:
+            return super().given()
+        seconds = torch.randint(1, 4, (len(self.grids["video"]),), generator=self.generator).float()
+        return {**super().given(), "second_per_grid_ts": seconds}
 
 
 class Told(Grids):

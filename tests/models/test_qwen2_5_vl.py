@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import vision_utils
 
@@ -111,18 +112,32 @@ def test_passes_apply_and_save_prefill_work(pipeline: str) -> None:
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("times", [True, False])
-def test_positions_are_those_of_transformers(padding: str, times: bool) -> None:
+@pytest.mark.parametrize("times", ["none", "whole", "parts"])
+def test_positions_are_those_of_transformers(padding: str, times: str) -> None:
     source, _, program = traced()
+    if times == "parts" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        pytest.skip("this version of transformers takes whole seconds")
     for seed, rows in enumerate([[[1, 2], [0, 1]], [[0, 3]], [[2, 0], [0, 0], [1, 1]]]):
         inputs = made(source, seed, rows, padding).inputs
-        if not times:
+        if times == "none":
             inputs.pop("second_per_grid_ts", None)
+        elif times == "parts":
+            inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"] * 0.37
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         kinds = (ids == program.info.image_token_id).int() + 2 * (ids == program.info.video_token_id).int()
         grids = {n: inputs.get(n) for n in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
         expected, _ = source.model.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=mask, **grids)
         assert torch.equal(qwen2_5_vl.positions(program.info, inputs, ids, mask.bool()), expected)
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.6, [0, 1, 2]), (0.75, [0, 1, 3]), (2.0, [0, 4, 8])])
+def test_frames_stand_at_their_times(seconds: float, times: list[int]) -> None:
+    """Two positions a second, rounded down."""
+    program = traced()[2]
+    ids = torch.tensor([[5, *[program.info.video_token_id] * 3, 6]])
+    given = {"video_grid_thw": torch.tensor([[3, 2, 2]]), "second_per_grid_ts": torch.tensor([seconds])}
+    found = qwen2_5_vl.positions(program.info, given, ids, torch.ones_like(ids, dtype=torch.bool))
+    assert found[:, 0].tolist() == [[0, *(1 + time for time in times), 2], [0, 1, 1, 1, 2], [0, 1, 1, 1, 2]]
 
 
 def test_what_does_not_fit_is_refused() -> None:
