@@ -58,7 +58,8 @@ class ModelInfo:
     linears of a decoder layer: q, k, v, o, gate, up, down. grid: rows and columns of an image's visual tokens.
     config: the Hugging Face configuration as a plain dictionary. patches_per_token: vision patches that become one
     visual token, where the tower takes a batch's patches in one packed sequence. video_token_id: what stands for a
-    video's tokens in a prompt, in families that take videos.
+    video's tokens in a prompt, in families that take videos. embed_scale: what token embeddings are multiplied by.
+    norm_offset: what the decoder's norms add to their weights.
     """
 
     family: str
@@ -76,6 +77,8 @@ class ModelInfo:
     config: dict[str, Any]
     patches_per_token: int = 1
     video_token_id: int | None = None
+    embed_scale: float = 1.0
+    norm_offset: float = 0.0
 
     @property
     def tokens_per_image(self) -> int:

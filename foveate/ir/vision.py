@@ -24,6 +24,7 @@ aten = torch.ops.aten
 OTHERS = {
     "qwen2_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
     "internvl": "a token is four of the patches that attention and CLS see",
+    "gemma3": "it has no CLS token, and a token is the mean of the patches that attention sees",
     **dict.fromkeys(("smolvlm", "idefics3"), "it has no CLS token, and a token is several of the patches that it sees"),
 }
 """Family -> why its tower is not one of those that selections know."""
