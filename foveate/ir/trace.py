@@ -49,7 +49,7 @@ def _capture(
     causal = bool(getattr(module, "is_causal", True))
     window = options.get("sliding_window") if windows and causal else None
     for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None and options[name] is not window:
+        if options.get(name) is not None and not (window and name == "sliding_window"):
             raise TraceError(f"{type(module).__name__} attends with `{name}`, which foveate does not know")
     bounds = options.get("cu_seq_lens_q")
     if bounds is not None:
@@ -129,7 +129,7 @@ class _Importer:
         self.names = names
         self.causal = causal
         self.where = _Where(layers)
-        self.added = ("order", "reach")[: causal + (causal and reach)]
+        self.added = [name for name, wanted in (("order", causal), ("reach", causal and reach)) if wanted]
         self.made: dict[str, fx.Node] = {}
         self.kv: list[list[fx.Node | None]] = []
         self.values: dict[fx.Node, Any] = {}
@@ -208,8 +208,9 @@ class _Importer:
         if not self.causal:
             return self.edit.call(ops.encoder_attention, q, k, v, scale, about=about)
         self.kv.append([None, None, k, v])
-        order, *reach = ([self.made[name]] for name in self.added)
-        whole = Attention([q], [k], [v], order, order, -1, "s:s", scale, *(reach or [None]), window)
+        order, reach = ([self.made[n]] if n in self.made else None for n in ("order", "reach"))
+        assert order is not None  # a causal graph takes it
+        whole = Attention([q], [k], [v], order, order, -1, "s:s", scale, reach, window)
         return self.edit.call(ops.attention, *whole.args, about=about)
 
 

@@ -35,8 +35,10 @@ def attention(
     """`foveate::attention`; shapes as in `foveate.ops`."""
     last = q_order if reach is None else reach
     if sum(x.shape[2] for x in q) <= FEW_QUERIES:
-        orders = [torch.cat(x, 1) for x in (q_order, last, k_order)]
-        rows = softmaxed_rows(torch.cat(q, 2), k, orders[0], k_order, scale, sees(*orders, window)).to(q[0].dtype)
+        order, visible = torch.cat(q_order, 1), None
+        if reach is not None or window:
+            visible = sees(order, torch.cat(last, 1), torch.cat(k_order, 1), window)
+        rows = softmaxed_rows(torch.cat(q, 2), k, order, k_order, scale, visible).to(q[0].dtype)
         parts = rows.split([x.shape[2] for x in k], dim=3)
         out = sum(grouped(p, x) for p, x in zip(parts, v, strict=True))
         assert isinstance(out, Tensor)  # k and v are never empty lists
@@ -45,7 +47,7 @@ def attention(
         return _STRUCTURED[layout](q, k, v, prefix, scale)
     keys, values, key_order = torch.cat(k, 2), torch.cat(v, 2), torch.cat(k_order, 1)
     streams = zip(q, q_order, last, strict=True)
-    outs = [_masked(x, keys, values, *orders, key_order, scale, window) for x, *orders in streams]
+    outs = [_masked(x, keys, values, order, upto, key_order, scale, window) for x, order, upto in streams]
     return torch.cat(outs, 2).transpose(1, 2).contiguous()
 
 
@@ -116,7 +118,7 @@ def _masked(
 ) -> Tensor:
     """Queries in blocks, each with its own mask from the orders -> [B, H, n, e]."""
     blocks = zip(q.split(BLOCK, 2), q_order.split(BLOCK, 1), last.split(BLOCK, 1), strict=True)
-    outs = [_sdpa(rows, k, v, scale, sees(*orders, k_order, window)[:, None]) for rows, *orders in blocks]
+    outs = [_sdpa(rows, k, v, scale, sees(order, upto, k_order, window)[:, None]) for rows, order, upto in blocks]
     return torch.cat(outs, 2)
 
 

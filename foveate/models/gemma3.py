@@ -50,10 +50,11 @@ class Vision(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Tower, mean of each square of patches, norm, projection."""
+        """Tower without its head, mean of each square of patches, norm, projection."""
         inner = self.model.model
-        hidden = inner.vision_tower(pixel_values).last_hidden_state
-        projector = inner.multi_modal_projector
+        tower, projector = inner.vision_tower, inner.multi_modal_projector
+        tower = getattr(tower, "vision_model", tower)  # older versions wrap it
+        hidden = tower.post_layernorm(tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state)
         squares = (projector.tokens_per_side, projector.kernel_size) * 2
         # As pooling does it: the same mean, of values that stay where they are.
         pooled = hidden.unflatten(1, squares).mean((2, 4)).flatten(1, 2)

@@ -119,16 +119,15 @@ def test_beams_are_those_of_transformers(kind: str) -> None:
     assert torch.equal(optimized(kind).generate(**inputs, **options), traced(kind)[0].generate(**inputs, **options))
 
 
-def test_where_every_tile_is_filling_each_sees_what_its_transformers_sees() -> None:
-    for kind in KINDS:
-        source, mine = traced(kind)[0], optimized(kind)
-        inputs = made(source, 0, [[0]]).inputs
-        inputs["pixel_values"] = torch.zeros(1, 2, 3, 33, 33)
-        if kind == "smolvlm":  # an image of nothing
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[63] * 4 + [5]])], 1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        expected = masked_forward(source, inputs).logits
-        torch.testing.assert_close(mine(**inputs).logits[:, 0], expected, rtol=0, atol=1e-4)
+def test_where_every_tile_is_filling_smolvlm_sees_one_and_idefics3_none() -> None:
+    inputs = made(traced("smolvlm")[0], 0, [[0]]).inputs
+    nothing = {"pixel_values": torch.zeros(1, 2, 3, 33, 33)}
+    # Idefics3 sees no image; transformers itself fails to make none of none.
+    assert torch.equal(optimized("idefics3")(**inputs, **nothing).logits, optimized("idefics3")(**inputs).logits)
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[63] * 4 + [5]])], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **nothing}
+    expected = masked_forward(traced("smolvlm")[0], inputs).logits
+    torch.testing.assert_close(optimized("smolvlm")(**inputs).logits[:, 0], expected, rtol=0, atol=1e-4)
 
 
 def shift(x: Tensor) -> Tensor:

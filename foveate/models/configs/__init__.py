@@ -63,4 +63,5 @@ def weightless(name_or_config: Any, dtype: torch.dtype = torch.bfloat16) -> nn.M
     with torch.device("meta"), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     assert isinstance(model, nn.Module)  # transformers is not typed
+    model.tie_weights()  # which transformers leaves to those who give weights their values
     return model.eval()
