@@ -15,7 +15,8 @@ from foveate.errors import InputError
 from foveate.ir.program import Program
 from foveate.labels import NO_LABEL, next_labels
 from foveate.models.registry import FAMILIES
-from foveate.streams import Streams, arrange, check_prompts, shorten
+from foveate.ops import PAD
+from foveate.streams import Streams, arrange, check_prompts, reaches, shorten
 
 TEXT = ("input_ids", "attention_mask", "position_ids")
 
@@ -72,6 +73,7 @@ def prepare(program: Program, run: Mapping[str, Runner], prompts: Prompts, label
     family = FAMILIES[about.family]
     check_prompts(ids, prompts.attention_mask, prompts.position_ids, family.POSITION_AXES)
     image = about.visual(ids)
+    _check_types(prompts, image)
     out = _seen(program, run, prompts.given)
     layout = family.layout(about, prompts.given, ids[image], out)
     positions = prompts.position_ids
@@ -86,6 +88,16 @@ def prepare(program: Program, run: Mapping[str, Runner], prompts: Prompts, label
     if layout.features is not None:
         features = layout.features
     return Prepared(_inputs(program, ids, streams, features, deepstack), streams, following)
+
+
+def _check_types(prompts: Prompts, image: Tensor) -> None:
+    """Raise InputError where `token_type_ids` mark other tokens than those of images; the ids say it too."""
+    types = prompts.given.get("token_type_ids")
+    if types is not None and (types.shape != image.shape or not torch.equal(types == 1, image)):
+        raise InputError(
+            f"token_type_ids has shape {tuple(types.shape)} and marks {int((types == 1).sum())} tokens of images, and "
+            f"input_ids, of shape {tuple(image.shape)}, holds {int(image.sum())}: they must be the same"
+        )
 
 
 def _seen(program: Program, run: Mapping[str, Runner], given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -127,6 +139,10 @@ def _inputs(
     for name, stream in {"visual": streams.visual, "text": streams.text}.items():
         inputs[f"{name}_position_ids"] = stream.position_ids
         inputs[f"{name}_order"] = stream.order
+    if any(node.name == "text_reach" for node in program.prefill.nodes):
+        reach = reaches(streams.image)
+        for name, stream in {"visual": streams.visual, "text": streams.text}.items():
+            inputs[f"{name}_reach"] = reach.gather(1, stream.index).masked_fill(stream.order == PAD, PAD)
     return inputs
 
 
@@ -150,4 +166,5 @@ def embed(program: Program, ids: Tensor) -> Tensor:
     safe = torch.where(program.info.visual(ids), 0, ids)
     if safe.device.type == "cpu" and safe.numel() and not 0 <= int(safe.min()) <= int(safe.max()) < len(table):
         raise InputError(f"input_ids holds {int(safe.max())}; the vocabulary has {len(table)} tokens, numbered from 0")
-    return embedding(safe, table)
+    found, scale = embedding(safe, table), program.info.embed_scale
+    return found if scale == 1 else found * torch.tensor(scale, dtype=table.dtype, device=table.device)

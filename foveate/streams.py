@@ -115,6 +115,17 @@ def shorten(
     return attention_mask, position_ids
 
 
+def reaches(image: Tensor) -> Tensor:
+    """The last place that a token sees of its prompt, int64 [B, S]: its own, or where its run of image tokens ends.
+
+    image: bool [B, S]. Images without a word between them are one run, as in transformers' masks for Gemma 3.
+    """
+    places = torch.arange(image.shape[1], device=image.device).expand_as(image)
+    ends = image & ~torch.nn.functional.pad(image, (0, 1))[:, 1:]
+    last = torch.where(ends | ~image, places, image.shape[1])
+    return last.flip(1).cummin(1).values.flip(1)
+
+
 def check_prompts(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, axes: tuple[int, ...] = ()
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import foveate
+from foveate.errors import PassError
 from foveate.ir.program import Program
 from foveate.ir.snapshot import read_snapshot
 from foveate.ir.snapshot.make import snapshot
@@ -24,7 +25,11 @@ from tests.shipped import with_passes
 GOLDEN = Path(__file__).parent / "golden" / "snapshots"
 DIGITS = "digits-yopo"
 CASES = [
-    (name, recipe) for recipe in recipes() if recipe != DIGITS for name in recipe_models(recipe) or configs.names()
+    (name, recipe)
+    for recipe in recipes()
+    if recipe != DIGITS
+    for name in recipe_models(recipe) or configs.names()
+    if (name, recipe) != ("gemma-3-4b", "fastv-50")
 ]
 MOST_BYTES = 300_000
 """Of a model with 32 layers; deeper ones may be larger in proportion."""
@@ -52,6 +57,13 @@ def check(name: str, recipe: str, make: Callable[[], Program], device: str) -> N
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_shipped_recipes_give_their_snapshots(name: str, recipe: str) -> None:
     check(name, recipe, lambda: with_passes(name, f"recipe:{recipe}"), "h100")
+
+
+@pytest.mark.slow
+def test_the_recipe_that_ranks_by_a_layer_with_a_window_is_refused() -> None:
+    message = r"fastv: in layer 1 a token sees only the last 1024 tokens, .* in the layers 5, 11, 17, 23, 29$"
+    with pytest.raises(PassError, match=message):
+        with_passes("gemma-3-4b", "recipe:fastv-50")
 
 
 def test_the_recipe_of_digits_gives_its_snapshot() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from foveate import ops
+from foveate.errors import PassError
 from foveate.ir.program import args_of, info
 
 
@@ -23,6 +24,8 @@ class Attention:
     prefix: Any
     layout: str
     scale: float
+    reach: list[fx.Node] | None = None
+    window: int = 0
 
     @classmethod
     def of(cls, node: fx.Node) -> Attention:
@@ -41,8 +44,31 @@ class Attention:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """As the op takes them."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        """As the op takes them; what says nothing is left out."""
+        given = tuple(getattr(self, f.name) for f in fields(self))
+        return given if self.window else given[:-1] if self.reach is not None else given[:-2]
+
+    @property
+    def plain(self) -> bool:
+        """Whether a query sees all keys before it, and no others."""
+        return self.reach is None and not self.window
+
+    def checked(self, by: str, node: fx.Node) -> Attention:
+        """Itself, if it is plain; PassError that names the pass, which counts on that, and the layer."""
+        if not self.plain:
+            sees = f"only the last {self.window} tokens" if self.window else "every token of its own image"
+            raise PassError(f"{by}: in layer {info(node).layer} a token sees {sees}, which {by} does not know")
+        return self
+
+    def without_window(self, by: str, node: fx.Node) -> Attention:
+        """Itself, if text sees all before it; otherwise PassError that names the pass, and layers where it does."""
+        if self.window:
+            layers = sorted({info(n).layer for n in attentions(node.graph) if not getattr(taken_apart(n), "window", 0)})
+            raise PassError(
+                f"{by}: in layer {info(node).layer} a token sees only the last {self.window} tokens, so its attention "
+                f"does not rank an image; text sees whole images in the layers {', '.join(map(str, layers)) or 'none'}"
+            )
+        return self
 
     @property
     def received(self) -> tuple[Any, ...]:

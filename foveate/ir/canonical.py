@@ -57,6 +57,9 @@ def canonical(edit: Rewriter, node: fx.Node, args: Any, kwargs: Any, about: Node
         dtype = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.dtype)), None)
         same = dtype is None or args[0].meta["val"].dtype == dtype
         return args[0] if same else edit.call(aten.to.dtype, args[0], dtype, about=about)
+    if op == aten.type_as.default:
+        dtype = args[1].meta["val"].dtype
+        return args[0] if args[0].meta["val"].dtype == dtype else edit.call(aten.to.dtype, args[0], dtype, about=about)
     if op in _PIECES or op == aten.unbind.int:
         return _pieces(edit, node, args, about)
     if op is operator.getitem:

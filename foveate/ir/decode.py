@@ -11,7 +11,6 @@ and its attention (a slice of heads, say) apply to the cached tokens exactly as 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,9 +150,8 @@ class _Decode:
         if evicts_in_steps(self.kv[layer]):
             paid = (q[0], k, q_order[0], k_order, old.scale)
             self.scores[layer] = self.edit.call(ops.attention_sums, *paid, about=about.with_(role="cache"))
-        step = replace(
-            old, k=k, v=v, k_order=k_order, q=q, q_order=q_order, prefix=prefix, layout=f"t:{''.join(streams)}"
-        )
+        # What an answer is made of is text, which sees what is before it.
+        step = Attention(q, k, v, q_order, k_order, prefix, f"t:{''.join(streams)}", old.scale, None, old.window)
         return self.edit.call(ops.attention, *step.args, about=about)
 
 

@@ -119,7 +119,8 @@ class _Joiner:
         if visual.target == ops.attention:
             a, b = Attention.of(visual), Attention.of(text)
             shared = [map_arg((x.k, x.v, x.k_order, x.prefix, x.scale), self.same.__getitem__) for x in (a, b)]
-            return shared[0] == shared[1] and self._alike(a.q[0], b.q[0])
+            sees = [(x.reach is None, x.window) for x in (a, b)]
+            return shared[0] == shared[1] and sees[0] == sees[1] and self._alike(a.q[0], b.q[0])
         if len(visual.args) != len(text.args) or visual.kwargs != text.kwargs or self.axes.get(visual) is None:
             return False
         return self.axes.get(visual) == self.axes.get(text) and all(
@@ -212,11 +213,13 @@ class _Joiner:
         visual, text = Attention.of(pair.visual), Attention.of(pair.text)
         if self.whole:
             q, k, v, order = ([self._together(*x)] for x in ((visual.q[0], text.q[0]), text.k, text.v, text.k_order))
-            joint = Attention(q, k, v, order, order, -1, "s:s", text.scale)
+            reach = [self._together(*x) for x in zip(visual.reach or (), text.reach or (), strict=True)] or None
+            joint = Attention(q, k, v, order, order, -1, "s:s", text.scale, reach, text.window)
             return self.edit.call(ops.attention, *joint.args, about=about)
         q, q_order = ([self._one(x[0]) for x in xs] for xs in ((visual.q, text.q), (visual.q_order, text.q_order)))
         k, v, k_order, prefix = map_arg((text.k, text.v, text.k_order, text.prefix), self._one)
-        both = Attention(q, k, v, q_order, k_order, prefix, f"vt:{text.keys}", text.scale)
+        reach = [self._one(x) for x in (*(visual.reach or ()), *(text.reach or ()))] or None
+        both = Attention(q, k, v, q_order, k_order, prefix, f"vt:{text.keys}", text.scale, reach, text.window)
         return self.edit.call(ops.attention, *both.args, about=about)
 
     def _both(self, a: Any, b: Any) -> Any:

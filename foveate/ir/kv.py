@@ -40,9 +40,9 @@ class LayerKeys:
 
 
 def layer_keys(edit: Rewriter, layer: int) -> LayerKeys:
-    """What a layer caches; PassError where its heads do not all see the same tokens."""
+    """What a layer caches; PassError where heads see different tokens, or not all that come before."""
     node, *more = attentions(edit.graph, layer, "text")
-    seen, cached = Attention.of(node), layer_kv(edit.graph)[layer]
+    seen, cached = Attention.of(node).checked(edit.by, node), layer_kv(edit.graph)[layer]
     pairs = [pair for pair in (cached.visual, cached.text) if pair]
     if more or list(zip(seen.k, seen.v, strict=True)) != pairs:
         raise PassError(

@@ -69,6 +69,8 @@ def _observe_layer(edit: Rewriter, layer: int) -> list[fx.Node]:
     )
     (visual_node,), (text_node,) = nodes
     visual, text = Attention.of(visual_node), Attention.of(text_node)
+    if not (visual.plain and text.plain):
+        raise TraceError(f"layer {layer} cannot be observed: a token does not see just all tokens before it there")
     order = visual.q_order[0]
     about = NodeInfo(layer, "statistics", "none", "observe", (visual_node.name, text_node.name))
     coords = coords_at(edit, order)

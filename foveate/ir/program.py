@@ -60,6 +60,7 @@ class ModelInfo:
     visual token, where the tower takes a batch's patches in one packed sequence. video_token_id: what stands for a
     video's tokens in a prompt, in families that take videos. patches_per_window: of a whole window, where the tower's
     attention has windows. deepstack: behind how many of the first layers visual tokens get features of their own added.
+    embed_scale: what token embeddings are multiplied by. norm_offset: what the decoder's norms add to their weights.
     """
 
     family: str
@@ -79,6 +80,8 @@ class ModelInfo:
     video_token_id: int | None = None
     patches_per_window: int = 0
     deepstack: int = 0
+    embed_scale: float = 1.0
+    norm_offset: float = 0.0
 
     @property
     def tokens_per_image(self) -> int:

@@ -27,7 +27,7 @@ Rule = Callable[[Program, str, fx.Graph], Complaints]
 INPUTS = {
     "vision": r"pixel_values|questions|patch_positions|cu_(window_)?seqlens|interp_(indices|weights)",
     "vision_rest": r"hidden|places|count",
-    "prefill": r"visual|text|(visual|text)_(position_ids|order|deepstack)|visual_coords|grids|prefix",
+    "prefill": r"visual|text|(visual|text)_(position_ids|order|deepstack|reach)|visual_coords|grids|prefix",
     "decode": r"text|text_position_ids|text_order|past_order|prefix|visual_order|kept_\d+|(past|visual)_[kv]_\d+"
     r"|held_(k|v|order)_\d+",
 }
@@ -125,7 +125,8 @@ def attention_fits(program: Program, name: str, graph: fx.Graph) -> Complaints:
         a = taken_apart(node)
         streams = len(a.k) == len(a.v) == len(a.k_order) == len(a.keys)
         if isinstance(a, Attention):
-            streams = streams and len(a.q) == len(a.q_order) == len(a.layout.partition(":")[0])
+            reach = a.q_order if a.reach is None else a.reach
+            streams = streams and len(a.q) == len(a.q_order) == len(reach) == len(a.layout.partition(":")[0])
             if not streams:
                 yield node, f"has {len(a.q)} query and {len(a.k)} key streams for the layout {a.layout!r}"
         elif not streams:

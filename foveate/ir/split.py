@@ -33,7 +33,8 @@ def split(program: Program, joint: fx.Graph) -> fx.Graph:
 
     What the joint graph computes and no one will read (the last layer's visual output) is still there: `keep_last`
     sweeps it out. The result takes `visual`, `text`, `visual_position_ids`, `text_position_ids`, `visual_order`,
-    `text_order` and the integer `prefix` (see `foveate.ops.attention`) and returns `{"logits": [B, 1, V], "kv":
+    `text_order` and the integer `prefix` (see `foveate.ops.attention`), and where the joint graph takes `reach`
+    `visual_reach` and `text_reach`, and returns `{"logits": [B, 1, V], "kv":
     [[k_visual, v_visual, k_text, v_text] a layer], "kept": {}}`.
     """
     axes = token_axes(joint, token_inputs(joint))
@@ -91,14 +92,12 @@ def _attention(
 ) -> fx.Node:
     joint = Attention.of(node)
     keys, values, key_order = ([twins[x][s] for s in _STREAMS] for x in (joint.k[0], joint.v[0], joint.k_order[0]))
-    args = ([twins[joint.q[0]][stream]], keys, values, [twins[joint.q_order[0]][stream]], key_order, prefix)
-    return edit.call(
-        ops.attention,
-        *args,
-        f"{stream[0]}:vt",
-        joint.scale,
-        about=info(node).with_(stream=stream, twin=node.name, by="split"),
-    )
+    q, q_order = [twins[joint.q[0]][stream]], [twins[joint.q_order[0]][stream]]
+    reach = None if joint.reach is None else [twins[x][stream] for x in joint.reach]
+    layout, window = f"{stream[0]}:vt", joint.window
+    apart = Attention(q, keys, values, q_order, key_order, prefix, layout, joint.scale, reach, window)
+    about = info(node).with_(stream=stream, twin=node.name, by="split")
+    return edit.call(ops.attention, *apart.args, about=about)
 
 
 def _outputs(node: fx.Node, twins: dict[fx.Node, dict[str, fx.Node]]) -> dict[str, Any]:

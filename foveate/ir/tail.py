@@ -67,7 +67,8 @@ def _reads_query(user: fx.Node, node: fx.Node) -> bool:
     if user.target != ops.attention:
         return True
     attention = Attention.of(user)
-    return node in (*attention.q, *attention.q_order) and node not in (*attention.k, *attention.v, *attention.k_order)
+    asked = (*attention.q, *attention.q_order, *(attention.reach or ()))
+    return node in asked and node not in (*attention.k, *attention.v, *attention.k_order)
 
 
 def _short_args(node: fx.Node, shortened: Any) -> tuple[Any, ...]:
@@ -75,4 +76,5 @@ def _short_args(node: fx.Node, shortened: Any) -> tuple[Any, ...]:
         return tuple(map_arg(node.args, shortened))
     attention = Attention.of(node)
     q, q_order = ([shortened(x) for x in xs] for xs in (attention.q, attention.q_order))
-    return replace(attention, q=q, q_order=q_order).args
+    reach = None if attention.reach is None else [shortened(x) for x in attention.reach]
+    return replace(attention, q=q, q_order=q_order, reach=reach).args

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,41 +19,52 @@ from torch import Tensor, fx, nn
 from foveate import ops
 from foveate.errors import TraceError
 from foveate.ir import repeated
+from foveate.ir.attention import Attention
 from foveate.ir.canonical import canonical, unfuse
 from foveate.ir.program import NodeInfo, Program
 from foveate.ir.rewriter import Rewriter, map_arg
 
 # Towers that take all images in one packed sequence hand over its bounds only to what is named after flash attention.
 _TRACE_NAME = "foveate_flash"
-repeated.LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor")
+repeated.LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window) -> Tensor")
 _captured = torch.ops.foveate_trace.attention.default
 
 
 @torch.library.register_fake("foveate_trace::attention", lib=repeated.LIBRARY)
-def _captured_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+def _captured_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
 def _capture(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    windows: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls while a model is traced."""
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise TraceError(f"{type(module).__name__} attends with `{name}`, which foveate does not know")
     causal = bool(getattr(module, "is_causal", True))
+    window = options.get("sliding_window") if windows and causal else None
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None and not (window and name == "sliding_window"):
+            raise TraceError(f"{type(module).__name__} attends with `{name}`, which foveate does not know")
     bounds = options.get("cu_seq_lens_q")
     if bounds is not None:
         if causal or options.get("cu_seq_lens_k") is not bounds:
             raise TraceError(f"{type(module).__name__} attends over a packed sequence that is causal or of two lengths")
         return ops.varlen_attention(query, key, value, bounds, scale), None
-    return _captured(query, key, value, scale, causal), None
+    return _captured(query, key, value, scale, causal, window or 0), None
 
 
 @contextmanager
-def captured_attention(model: Any) -> Iterator[None]:
-    """While open, every attention call of a transformers model is one opaque op; afterwards nothing is left."""
+def captured_attention(model: Any, windows: bool = False) -> Iterator[None]:
+    """While open, every attention call of a transformers model is one opaque op; afterwards nothing is left.
+
+    windows: whether causal layers may see the last so many tokens only.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -60,7 +72,8 @@ def captured_attention(model: Any) -> Iterator[None]:
     before = {key: config._attn_implementation for key, config in configs.items()}
     training = {m: m.training for m in model.modules()}
     with ExitStack() as stack:
-        for interface, function in ((AttentionInterface, _capture), (AttentionMaskInterface, lambda *a, **k: None)):
+        capture = partial(_capture, windows=windows)
+        for interface, function in ((AttentionInterface, capture), (AttentionMaskInterface, lambda *a, **k: None)):
             interface.register(_TRACE_NAME, function)
             stack.callback(interface._global_mapping.pop, _TRACE_NAME)
         # Setting an outer configuration sets those inside it, so those are restored last (callbacks run backwards).
@@ -92,20 +105,24 @@ def import_graph(
     layers: int,
     names: Callable[[str], str],
     causal: bool,
+    reach: bool = False,
 ) -> fx.Graph:
     """Copy a recording into `program` in canonical form.
 
     inputs: fakes for the recording's own inputs, in order. layers: how many layers there are, for nodes after the
     last. names: parameter name in the recording -> name in the program. With `causal`, an `order` input [batch,
-    sequence] is added and attention becomes `foveate::attention`; otherwise `foveate::encoder_attention`.
+    sequence] is added and attention becomes `foveate::attention`; otherwise `foveate::encoder_attention`. With `reach`,
+    so is an input of that name: the order of the last key that each token sees.
     The graph returns `{"out": value, "kv": [[None, None, k, v] a layer]}` (`kv` only when causal); a second value of
     the recording, if there is one, is `deepstack`.
     """
-    return _Importer(program, exported, layers, names, causal).run(exported.graph.nodes, inputs)
+    return _Importer(program, exported, layers, names, causal, reach).run(exported.graph.nodes, inputs)
 
 
 class _Importer:
-    def __init__(self, program: Program, exported: Any, layers: int, names: Callable[[str], str], causal: bool) -> None:
+    def __init__(
+        self, program: Program, exported: Any, layers: int, names: Callable[[str], str], causal: bool, reach: bool
+    ) -> None:
         self.edit = Rewriter(program, fx.Graph(), by="trace")
         signature = exported.graph_signature
         self.weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -113,7 +130,8 @@ class _Importer:
         self.names = names
         self.causal = causal
         self.where = _Where(layers)
-        self.order: fx.Node | None = None
+        self.added = [name for name, wanted in (("order", causal), ("reach", causal and reach)) if wanted]
+        self.made: dict[str, fx.Node] = {}
         self.kv: list[list[fx.Node | None]] = []
         self.values: dict[fx.Node, Any] = {}
         self.regions: dict[str, list[fx.Node]] = {}
@@ -121,15 +139,15 @@ class _Importer:
     def run(self, nodes: Any, inputs: dict[str, Tensor]) -> fx.Graph:
         edit = self.edit
         placeholders = dict(inputs)
-        if self.causal:
-            placeholders["order"] = edit.program.symbols.tensor(
+        for name in self.added:
+            placeholders[name] = edit.program.symbols.tensor(
                 "batch", "sequence", dtype=torch.int64, device=next(iter(inputs.values())).device
             )
         made = {
             name: edit.placeholder(name, value, NodeInfo(-1, name, "joint" if self.causal else "none"))
             for name, value in placeholders.items()
         }
-        self.order = made.get("order")
+        self.made = made
         given = iter(list(made.values())[: len(inputs)])
         region: list[fx.Node] = []
         for node in nodes:
@@ -185,14 +203,16 @@ class _Importer:
         args = map_arg(node.args, value)
         if node.target is not _captured:
             return canonical(self.edit, node, args, map_arg(node.kwargs, value), about)
-        q, k, v, scale, is_causal = args
+        q, k, v, scale, is_causal, window = args
         if bool(is_causal) != self.causal:
             raise TraceError(f"{about.role}: attention is {'' if is_causal else 'not '}causal there")
         if not self.causal:
             return self.edit.call(ops.encoder_attention, q, k, v, scale, about=about)
         self.kv.append([None, None, k, v])
-        order = [self.order]
-        return self.edit.call(ops.attention, [q], [k], [v], order, order, -1, "s:s", scale, about=about)
+        order, reach = ([self.made[n]] if n in self.made else None for n in ("order", "reach"))
+        assert order is not None  # a causal graph takes it
+        whole = Attention([q], [k], [v], order, order, -1, "s:s", scale, reach, window)
+        return self.edit.call(ops.attention, *whole.args, about=about)
 
 
 class _Where:

@@ -28,6 +28,7 @@ OTHERS = {
     "internvl": "a token is four of the patches that attention and CLS see",
     "llava_next": "rows of several tiles stand side by side, with newlines between that are no patches",
     "llava_onevision": "it has no CLS token, and shrinks images and frames behind the tower",
+    "gemma3": "it has no CLS token, and a token is the mean of the patches that attention sees",
     **dict.fromkeys(("smolvlm", "idefics3"), "it has no CLS token, and a token is several of the patches that it sees"),
 }
 """Family -> why its tower is not one of those that selections know."""

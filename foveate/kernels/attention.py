@@ -29,19 +29,33 @@ def attention(
     prefix: int,
     layout: str,
     scale: float,
+    reach: list[Tensor] | None = None,
+    window: int = 0,
 ) -> Tensor:
     """`foveate::attention`; shapes as in `foveate.ops`."""
+    last = q_order if reach is None else reach
     if sum(x.shape[2] for x in q) <= FEW_QUERIES:
-        rows = softmaxed_rows(torch.cat(q, 2), k, torch.cat(q_order, 1), k_order, scale).to(q[0].dtype)
+        order, visible = torch.cat(q_order, 1), None
+        if reach is not None or window:
+            visible = sees(order, torch.cat(last, 1), torch.cat(k_order, 1), window)
+        rows = softmaxed_rows(torch.cat(q, 2), k, order, k_order, scale, visible).to(q[0].dtype)
         parts = rows.split([x.shape[2] for x in k], dim=3)
         out = sum(grouped(p, x) for p, x in zip(parts, v, strict=True))
         assert isinstance(out, Tensor)  # k and v are never empty lists
         return out.transpose(1, 2).contiguous()
-    if prefix >= 0 and layout in _STRUCTURED:
+    if prefix >= 0 and layout in _STRUCTURED and reach is None and not window:
         return _STRUCTURED[layout](q, k, v, prefix, scale)
     keys, values, key_order = torch.cat(k, 2), torch.cat(v, 2), torch.cat(k_order, 1)
-    outs = [_masked(x, keys, values, order, key_order, scale) for x, order in zip(q, q_order, strict=True)]
+    streams = zip(q, q_order, last, strict=True)
+    outs = [_masked(x, keys, values, order, upto, key_order, scale, window) for x, order, upto in streams]
     return torch.cat(outs, 2).transpose(1, 2).contiguous()
+
+
+def sees(q_order: Tensor, last: Tensor, k_order: Tensor, window: int = 0) -> Tensor:
+    """Which keys a query sees, those up to the order `last` and within the window: bool [B, n, m]."""
+    visible = k_order[:, None, :] <= last[:, :, None]
+    # Not `k_order + window`, which padding would overflow.
+    return visible & (k_order[:, None, :] > q_order[:, :, None] - window) if window else visible
 
 
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -99,12 +113,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, q_order: Tensor, k_order: Tensor, scale: float) -> Tensor:
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, q_order: Tensor, last: Tensor, k_order: Tensor, scale: float, window: int
+) -> Tensor:
     """Queries in blocks, each with its own mask from the orders -> [B, H, n, e]."""
-    outs = [
-        _sdpa(rows, k, v, scale, k_order[:, None, None, :] <= order[:, None, :, None])
-        for rows, order in zip(q.split(BLOCK, 2), q_order.split(BLOCK, 1), strict=True)
-    ]
+    blocks = zip(q.split(BLOCK, 2), q_order.split(BLOCK, 1), last.split(BLOCK, 1), strict=True)
+    outs = [_sdpa(rows, k, v, scale, sees(order, upto, k_order, window)[:, None]) for rows, order, upto in blocks]
     return torch.cat(outs, 2)
 
 

@@ -20,12 +20,15 @@ def _attention(
     k_order: Any,
     prefix: int,
     layout: str,
-    *rest: Any,
+    scale: float,
+    reach: Any = None,
+    window: int = 0,
     **also: Any,
 ) -> int:
     batch, heads, _, size = q[0].shape
     queries, keys = ([x.shape[2] for x in xs] for xs in (q, k))
-    return 4 * batch * heads * size * attention_pairs(queries, keys, layout, prefix)[0]
+    known = prefix if reach is None and not window else -1
+    return 4 * batch * heads * size * attention_pairs(queries, keys, layout, known)[0]
 
 
 def _neighbor_attention(

@@ -66,7 +66,8 @@ def differentiable(
         flat = [next(tensors) if saved else x for saved, x in zip(ctx.saved, ctx.constants, strict=True)]
         grads = iter(backward_op(grad, *tree_unflatten(flat, ctx.spec)))
         result: tuple[Any, ...] = tree_unflatten([next(grads) if _has_gradient(x) else None for x in flat], ctx.spec)
-        return result
+        # What was left to a default was no input, and torch wants as many gradients as there were inputs.
+        return result[: len(ctx.needs_input_grad)]
 
     LIBRARY.impl(f"{name}_backward", compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"foveate::{name}_backward", fake, lib=LIBRARY)

@@ -9,11 +9,21 @@ from torch import Tensor
 from foveate.ops import PAD
 
 
-def probabilities(q: Tensor, k: Tensor, q_order: Tensor, k_order: Tensor, scale: float) -> Tensor:
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    q_order: Tensor,
+    k_order: Tensor,
+    scale: float,
+    reach: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:
     """Softmaxed scores float64 [B, H, n, m] of q [B, H, n, e] on k [B, Hk, m, e] under the order rule."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.double() @ k.double().transpose(2, 3) * scale
-    visible = k_order[:, None, None, :] <= q_order[:, None, :, None]
+    visible = k_order[:, None, None, :] <= (q_order if reach is None else reach)[:, None, :, None]
+    if window:
+        visible &= k_order[:, None, None, :] > q_order[:, None, :, None] - window
     return scores.masked_fill(~visible, -math.inf).softmax(-1)
 
 
@@ -26,9 +36,13 @@ def attention(
     prefix: int,
     layout: str,
     scale: float,
+    reach: list[Tensor] | None = None,
+    window: int = 0,
 ) -> Tensor:
     """`foveate::attention` from the orders alone; `prefix` and `layout` are not looked at."""
-    rows = probabilities(torch.cat(q, 2), torch.cat(k, 2), torch.cat(q_order, 1), torch.cat(k_order, 1), scale)
+    orders = torch.cat(q_order, 1), torch.cat(k_order, 1)
+    last = None if reach is None else torch.cat(reach, 1)
+    rows = probabilities(torch.cat(q, 2), torch.cat(k, 2), *orders, scale, last, window)
     values = torch.cat(v, 2).double().repeat_interleave(q[0].shape[1] // v[0].shape[1], dim=1)
     return (rows @ values).transpose(1, 2).to(q[0].dtype).contiguous()
 

@@ -23,12 +23,18 @@ SAMPLE = {"batch": 2, "sequence": 17}
 
 
 def record_graph(
-    program: Program, model: Any, module: nn.Module, inputs: Callable[[Size], Inputs], layers: int, causal: bool
+    program: Program,
+    model: Any,
+    module: nn.Module,
+    inputs: Callable[[Size], Inputs],
+    layers: int,
+    causal: bool,
+    reach: bool = False,
 ) -> Any:
     """Record `module`, a wrapper around the whole `model`, and import it into `program`.
 
-    inputs: the module's inputs, in order, whose sizes come from the function they are given. layers, causal: see
-    `foveate.ir.trace.import_graph`. Call it while `captured_attention(model)` is open.
+    inputs: the module's inputs, in order, whose sizes come from the function they are given. layers, causal, reach:
+    see `foveate.ir.trace.import_graph`. Call it while `captured_attention(model)` is open.
     """
     device = model.device
     symbolic = inputs(program.symbols.__getitem__)
@@ -49,7 +55,7 @@ def record_graph(
         for name, (sizes, dtype) in symbolic.items()
     }
     first = first_names(model)
-    return import_graph(program, recorded, fakes, layers, lambda n: first[n.removeprefix("model.")], causal)
+    return import_graph(program, recorded, fakes, layers, lambda n: first[n.removeprefix("model.")], causal, reach)
 
 
 def first_names(model: nn.Module) -> dict[str, str]:

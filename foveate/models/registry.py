@@ -15,7 +15,7 @@ from foveate.ir.rules import verify
 from foveate.ir.split import split
 from foveate.ir.tail import keep_last
 from foveate.ir.trace import captured_attention
-from foveate.models import internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, qwen_vl, smolvlm
+from foveate.models import gemma3, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, qwen_vl, smolvlm
 from foveate.models.decoder import decoder_inputs
 from foveate.models.recording import first_names, record_graph
 
@@ -29,6 +29,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_vl": qwen3_vl,
     "smolvlm": smolvlm,
     "idefics3": smolvlm,
+    "gemma3": gemma3,
 }
 """Hugging Face `model_type` -> the module that knows the family."""
 
@@ -81,7 +82,8 @@ def trace_joint(model: Any) -> tuple[Any, Program]:
     family = family_of(model)
     about = family.describe(model.config)
     program = Program(info=about, weights=_weights(model), symbols=Symbols())
-    with captured_attention(model):
+    whole = getattr(family, "WHOLE_IMAGES", False)
+    with captured_attention(model, windows=whole):
         program.graphs["vision"] = record_graph(
             program,
             model,
@@ -97,6 +99,7 @@ def trace_joint(model: Any) -> tuple[Any, Program]:
             lambda size: decoder_inputs(about.hidden_size, family.POSITION_AXES, size, about.deepstack),
             layers=about.layers,
             causal=True,
+            reach=whole,
         )
     return joint, program
 

@@ -16,7 +16,7 @@ from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import decoder, tiles
 from foveate.models.recording import Inputs, Size
-from foveate.models.tiles import POSITION_AXES, Given, positions
+from foveate.models.tiles import POSITION_AXES, UNIFORM, Given, positions, sample
 
 __all__ = [
     "GIVEN",
@@ -36,10 +36,9 @@ __all__ = [
 ]
 
 GIVEN = ("pixel_values", "pixel_attention_mask")
-"""Both [B, tiles, ...], a row a prompt; rows with fewer tiles are filled up with tiles that are zero everywhere."""
+"""Both [B, tiles, ...], a row a prompt; rows with fewer tiles are filled up with tiles that are zero everywhere.
 
-UNIFORM = False
-"""Tiles are, but those of a prompt stand in a row of their own, which only this module takes apart."""
+Both may be [tiles, ...] too, the tiles of all prompts one behind the other, as exported packages take them."""
 
 PATHS = {name: path.replace("language_model", "text_model") for name, path in decoder.PATHS.items()}
 
@@ -72,10 +71,8 @@ class Vision(nn.Module):
         side = len(self.places)
         if self.places == list(range(side)):
             return table
-        grid: Tensor = table.unflatten(0, (side, side))
-        for axis in (0, 1):
-            grid = torch.cat([grid.narrow(axis, place, 1) for place in self.places], axis)
-        return grid.flatten(0, 1)
+        rows = torch.cat([table[side * row : side * (row + 1)] for row in self.places]).unflatten(0, (side, side))
+        return torch.cat([rows[:, place : place + 1] for place in self.places], 1).flatten(0, 1)
 
 
 class Decoder(decoder.Decoder):
@@ -141,30 +138,26 @@ def layout(info: ModelInfo, given: Given, kinds: Tensor, out: Any) -> Layout:
     return tiles.layout(info, _seen(info, given), kinds, out)
 
 
-def sample(info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
-    """Random tiles, one an image: how many tokens each becomes, and the tiles in one row, as for a single prompt."""
-    pixels = torch.randn(1, images, *info.image_size, generator=generator)
-    return [info.tokens_per_image] * images, {"pixel_values": pixels} if images else {}
-
-
 def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
     """Pixels [3, height, width] of each tile, as the tower sees them."""
     return list(_seen(info, given).get("pixel_values", ()))
 
 
 def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
-    """One row of what is given belongs to each prompt of ids [B, S].
+    """How many rows of what is given belong to each prompt of ids [B, S], by name: one, but of tiles that stand alone.
 
     Raises InputError where a prompt's row does not hold as many tiles as the prompt says.
     """
     pixels = given.get("pixel_values")
+    if pixels is not None and pixels.dim() == 4:
+        return tiles.images_in(info, given, ids)
     if pixels is not None:
-        counts = (info.visual(ids).sum(1) // info.tokens_per_image).tolist()
-        found = [int(row.sum()) for row in _real(info, pixels)] if len(pixels) == len(ids) else []
-        if found != counts:
+        wanted = (info.visual(ids).sum(1) // info.tokens_per_image).tolist()
+        found = _real(info, pixels).sum(1).tolist()
+        if found != wanted:
             raise InputError(
-                f"pixel_values has {found or len(pixels)} {'tiles in its rows' if found else 'rows'}, and the prompts "
-                f"want {counts} tiles: give each prompt its tiles in a row of its own"
+                f"the rows of pixel_values hold {found} tiles, and the prompts want {wanted}: give each prompt its "
+                "tiles in a row of its own"
             )
     return {name: [1] * len(ids) for name in given if name in GIVEN}
 
@@ -174,27 +167,30 @@ def _seen(info: ModelInfo, given: Given) -> dict[str, Tensor]:
     pixels, mask = given.get("pixel_values"), given.get("pixel_attention_mask")
     if pixels is None:
         return {}
-    if pixels.dim() != 5 or tuple(pixels.shape[2:]) != info.image_size:
+    if pixels.dim() not in (4, 5) or tuple(pixels.shape[-3:]) != info.image_size:
+        sizes = ", ".join(map(str, info.image_size))
         raise InputError(
-            f"pixel_values has shape {tuple(pixels.shape)}; this model takes [prompts, tiles of the longest, "
-            f"{', '.join(map(str, info.image_size))}]"
+            f"pixel_values has shape {tuple(pixels.shape)}; this model takes [prompts, tiles of the longest, {sizes}], "
+            f"or the tiles of all prompts [tiles, {sizes}]"
         )
-    real = _real(info, pixels)
+    if mask is not None and mask.shape != (expected := (*pixels.shape[:-3], *pixels.shape[-2:])):
+        raise InputError(
+            f"pixel_attention_mask has shape {tuple(mask.shape)}; with these pixel_values it is {list(expected)}"
+        )
+    if pixels.dim() == 5:
+        real = _real(info, pixels)
+        pixels, mask = pixels[real], mask if mask is None else mask[real]
     if mask is not None:
-        if mask.shape != (*pixels.shape[:2], *pixels.shape[3:]):
-            raise InputError(
-                f"pixel_attention_mask has shape {tuple(mask.shape)}; with pixel_values of {tuple(pixels.shape)} it is "
-                f"[{', '.join(map(str, (*pixels.shape[:2], *pixels.shape[3:])))}]"
-            )
-        side, patch = _sizes(info)
-        # What is left over at the right and the bottom is in no patch.
-        shown = mask[real][:, : side * patch, : side * patch].bool().unflatten(2, (side, patch)).any(3)
+        # What is left over at the right and at the bottom is in no patch.
+        patch = int(info.config["vision_config"]["patch_size"])
+        side = info.image_size[1] // patch
+        shown = mask[:, : side * patch, : side * patch].bool().unflatten(2, (side, patch)).any(3)
         if not bool(shown.unflatten(1, (side, patch)).any(2).all()):
             raise InputError(
                 "pixel_attention_mask hides a part of a tile; this model takes tiles that are whole, as its processor "
                 "makes them"
             )
-    return {"pixel_values": pixels[real]}
+    return {"pixel_values": pixels}
 
 
 def _real(info: ModelInfo, pixels: Tensor) -> Tensor:
@@ -204,12 +200,6 @@ def _real(info: ModelInfo, pixels: Tensor) -> Tensor:
         # Where all are zero, SmolVLM of transformers sees the first, and Idefics3 none.
         real.view(-1)[0] |= ~real.any()
     return real
-
-
-def _sizes(info: ModelInfo) -> tuple[int, int]:
-    """Patches along a tile's side, and pixels along a patch's."""
-    patch = int(info.config["vision_config"]["patch_size"])
-    return info.image_size[1] // patch, patch
 
 
 def _side(vision: Any) -> int:

@@ -9,7 +9,7 @@ from foveate.ops.library import BLOCK, FEW_QUERIES, LIBRARY, fake
 
 LIBRARY.define(
     "attention(Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] q_order, Tensor[] k_order, SymInt prefix,"
-    " str layout, float scale) -> Tensor"
+    " str layout, float scale, Tensor[]? reach=None, int window=0) -> Tensor"
 )
 attention = torch.ops.foveate.attention.default
 """Causal attention of one or more query streams over one or more key streams.
@@ -20,7 +20,11 @@ Returns [B, sum n_i, H, e]: the query streams one after another.
 `layout` names the streams, queries before the colon, keys after it: v visual, t text, s both in one stream. So
 "vt:vt" is a whole prefill layer, "t:t" one that is blind, "t:vtt" a decode step (visual cache, text cache, new).
 `prefix` is a promise about structure. If it is not negative, nothing is padded, every stream is in sequence
-order, and all visual tokens stand together after the first `prefix` text tokens; -1 promises nothing."""
+order, and all visual tokens stand together after the first `prefix` text tokens; -1 promises nothing.
+
+A query sees the keys whose order is not larger than its own, or, where `reach` is given, than that: int64 [B, n_i] a
+query stream, such as the order of its image's last token, so that an image's tokens see each other. With a `window`
+above 0 it sees none whose order is smaller than its own by `window` or more."""
 
 
 @fake("attention")
@@ -33,6 +37,8 @@ def _attention(
     prefix: int,
     layout: str,
     scale: float,
+    reach: list[Tensor] | None = None,
+    window: int = 0,
 ) -> Tensor:
     batch, heads, _, size = q[0].shape
     tokens = sum(x.shape[2] for x in q)

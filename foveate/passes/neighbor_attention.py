@@ -82,7 +82,7 @@ class NeighborAttention(Pass):
         return bool(nodes)
 
     def _replace(self, edit: Rewriter, node: fx.Node) -> None:
-        old = Attention.of(node)
+        old = Attention.of(node).checked(self.name, node)
         if old.keys != "vt":
             raise PassError(f"{self.name}: {node.name} reads the key streams {old.keys!r}, not visual and text")
         seen = slice(None if self.see_prefix else 1)

@@ -101,6 +101,8 @@ class NumpyModel:
         given: dict[str, Array] = {"visual_embeds": visual, "text_embeds": text, "visual_coords": streams.coords}
         for name, stream in (("visual", streams.visual), ("text", streams.text)):
             given |= {f"{name}_position_ids": stream.position_ids, f"{name}_order": stream.order}
+        if "text_reach" in self.graphs["prefill"].inputs:
+            given |= streams.reaches()
         found = self.graphs["prefill"].run(given, stay=("present.", "visual.", "held."))
         orders = {0: streams.visual.order} if "source" in self.graphs["vision"].outputs else {}
         orders |= {int(name[5:]): value.read() for name, value in found.items() if name.startswith("keep.")}

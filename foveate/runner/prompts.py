@@ -88,6 +88,19 @@ class Streams:
         found = np.where(_take(self.image, flat), _take(self.origin, flat), flat)
         return np.where(spare, PAD, found.reshape(order.shape))
 
+    def reaches(self) -> dict[str, Array]:
+        """The last place that each token of a stream sees, int64 [B, n], where an image's tokens see each other."""
+        reach, streams = _reaches(self.image), {"visual": self.visual, "text": self.text}
+        return {f"{n}_reach": np.where(s.order == PAD, PAD, _take(reach, s.index)) for n, s in streams.items()}
+
+
+def _reaches(image: Array) -> Array:
+    """The last place that a token sees of its prompt: `foveate.streams.reaches`."""
+    places = np.broadcast_to(np.arange(image.shape[1]), image.shape)
+    ends = image & ~np.pad(image, ((0, 0), (0, 1)))[:, 1:]
+    last = np.where(ends | ~image, places, image.shape[1])
+    return np.minimum.accumulate(last[:, ::-1], 1)[:, ::-1]
+
 
 def arrange(
     about: Vocabulary,

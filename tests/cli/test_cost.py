@@ -129,7 +129,7 @@ def test_a_gain_that_is_none_is_told(run: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["llava-9"], "there is no model llava-9; MODEL is digits, random:llava, internvl2-26b"),
+        (["llava-9"], "there is no model llava-9; MODEL is digits, random:llava, gemma-3-4b"),
         ([*TINY, "--device", "abacus"], "device 'abacus' is not known"),
         ([*TINY, "--device", "no.yaml"], "no.yaml cannot be read"),
         ([*TINY, "--modules", "1,x"], "layer numbers with commas between"),

@@ -51,6 +51,8 @@ def made(model: Any, seed: int, rows: list[list[int]] | None = None, padding: st
         places[:] = [(-1, -1, -1)] * left + places + [(-1, -1, -1)] * (pad - left)
     found_ids = torch.tensor(ids)
     inputs = {"input_ids": found_ids, "attention_mask": (found_ids != 0).long(), **family.given()}
+    if isinstance(family, Whole):
+        inputs["token_type_ids"] = (found_ids == model.config.image_token_id).long()
     return Made(inputs, torch.tensor(coords))
 
 
@@ -124,6 +126,21 @@ class PaddedTiles(Family):
         there = torch.arange(most) < torch.tensor(self.tiles)[:, None]
         mask = there[:, :, None, None].expand(-1, -1, self.size, self.size)
         return {"pixel_values": pixels * mask[:, :, None], "pixel_attention_mask": mask.long()}
+
+
+class Whole(Family):
+    """Gemma 3: every image is as large, and token types say where it stands."""
+
+    images = 0
+
+    def image(self, draw: random.Random) -> tuple[int, list[tuple[int, int, int]]]:
+        self.images += 1
+        side = int(self.config.mm_tokens_per_image**0.5)
+        return self.config.image_token_id, self.raster(side, side)
+
+    def given(self) -> dict[str, Tensor]:
+        size = self.config.vision_config.image_size
+        return {"pixel_values": self.noise(self.images, 3, size, size)} if self.images else {}
 
 
 class Grids(Family):
@@ -252,4 +269,5 @@ FAMILIES: dict[str, Callable[[Any, int], Any]] = {
     "qwen3_vl": Told,
     "smolvlm": PaddedTiles,
     "idefics3": PaddedTiles,
+    "gemma3": Whole,
 }

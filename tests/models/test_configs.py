@@ -14,6 +14,7 @@ from tests.shipped import shipped
 
 # Parameters as the models' cards on the Hugging Face Hub give them, and visual tokens of one image or tile.
 PUBLISHED = {
+    "gemma-3-4b": (4.3e9, 256),
     "internvl2-26b": (25.5e9, 256),
     "internvl2-4b": (4.15e9, 256),
     "internvl2-8b": (8.08e9, 256),
@@ -24,6 +25,7 @@ PUBLISHED = {
     "qwen2-vl-7b": (8.29e9, 256),
     "qwen2.5-vl-7b": (8.29e9, 256),
     "qwen3-vl-4b": (4.44e9, 256),
+    "smolvlm2-2.2b": (2246784880, 81),
 }
 each = pytest.mark.parametrize("name", PUBLISHED)
 
@@ -74,7 +76,9 @@ def test_the_case_of_a_name_does_not_matter_and_dtypes_are_the_callers() -> None
 @pytest.mark.parametrize("name", ["llava-1.5-34b", "", "../llava-1.5-7b", "llava-1.5-7b.json"])
 def test_an_unknown_name_is_refused_with_those_that_exist(name: str) -> None:
     for function in (configs.read, configs.config_of, configs.weightless):
-        with pytest.raises(InputError, match=r"there is no configuration .*; there are: internvl2-26b, .*qwen2-vl-7b"):
+        with pytest.raises(
+            InputError, match=r"there is no configuration .*; there are: .*internvl2-26b, .*qwen2-vl-7b"
+        ):
             function(name)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    Gemma3Config,
     InternVLConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
@@ -199,6 +200,20 @@ def smolvlm(kind: str = "smolvlm", device: str = "cpu", **vision: Any) -> Any:
         vision_config=tower,
         image_token_id=VOCAB - 1,
         scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    return build(config, device)
+
+
+def gemma3(device: str = "cpu", kinds: str = "full sliding full", **text: Any) -> Any:
+    """A Gemma 3 with nine visual tokens an image; kinds: what its layers see, six tokens or all."""
+    tower = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    own = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 6, "max_position_embeddings": 512}
+    config = Gemma3Config(
+        text_config={**TEXT, **own, "layer_types": [f"{kind}_attention" for kind in kinds.split()], **text},
+        vision_config={"model_type": "siglip_vision_model", **tower, "image_size": 48, "patch_size": 8},
+        mm_tokens_per_image=9,
+        image_token_index=VOCAB - 1,
         tie_word_embeddings=False,
     )
     return build(config, device)

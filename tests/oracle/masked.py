@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import sliding_window_overlay
+from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
 from tests.oracle.anyres import newlines
 from tests.oracle.masks import Before, Masks, Neighbors, Prune, check, last_place
@@ -126,16 +128,22 @@ def masked_greedy(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What each position holds: both bool [B, S]. Padding is not attended; visual tokens are."""
+    """What each position holds: both bool [B, S]. Padding is not attended; visual tokens are.
+
+    blocks: int64 [B, S], the image whose tokens all see each other, -1 for none; for Gemma 3, by its own function.
+    """
 
     attended: Tensor
     visual: Tensor
+    blocks: Tensor | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> _Tokens:
         ids = inputs["input_ids"]
         attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-        return cls(attended, attended & (_kinds(model, ids) > 0) & ~newlines(model, inputs))
+        types = inputs.get("token_type_ids")
+        blocks = None if types is None else get_block_sequence_ids_for_mask(types)
+        return cls(attended, attended & (_kinds(model, ids) > 0) & ~newlines(model, inputs), blocks)
 
 
 class _Run:
@@ -153,9 +161,16 @@ class _Run:
         self.before: tuple[Tensor, Tensor] | None = None  # weights and keys of the layer before
         self.embeddings: Tensor | None = None  # what entered the first layer
         self.layers_seen = 0
+        self.window: int | None = None  # of the layer at hand
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention of one layer: [B, H, S, E] each (keys and values already repeated) to [B, S, H, E]."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None
+    ) -> Tensor:
+        """Attention of one layer: [B, H, S, E] each (keys and values already repeated) to [B, S, H, E].
+
+        window: the layer sees no key that stands so many places before the query, or more.
+        """
+        self.window = window
         self.reaching.setdefault(layer, self.alive)
         logits = (query @ key.transpose(2, 3)) * scaling
         for index, prune in enumerate(self.masks.prunes):
@@ -213,6 +228,12 @@ class _Run:
         size = self.text.shape[1]
         causal = torch.ones(size, size, dtype=torch.bool, device=self.text.device).tril()
         keys = self.text | self.alive
+        if self.tokens.blocks is not None:
+            blocks = self.tokens.blocks
+            causal = causal | ((blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, :, None])
+        if self.window is not None:
+            places = torch.arange(size, device=self.text.device)
+            causal = causal & sliding_window_overlay(self.window)(0, 0, places[:, None], places[None, :])
         seen = causal & keys[:, None, :]
         near = self.masks.neighbors
         if near is not None and (near.layers is None or layer in near.layers):
@@ -290,16 +311,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: [B, H, S, E], [B, Hk, S, E] x 2 to [B, S, H, E]."""
     window = kwargs.get("sliding_window")
-    windowed = window is not None and window < key.shape[2]
-    if windowed or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention with a sliding window, a soft cap or sinks")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention with a soft cap or sinks")
     if attention_mask is not None:
         raise NotImplementedError("a mask of the model's own, which the oracle would not heed")
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     layer = module.layer_idx
     assert isinstance(layer, int)
-    return _ACTIVE.get().attend(layer, query, key, value, scaling), None
+    return _ACTIVE.get().attend(layer, query, key, value, scaling, window), None
 
 
 # A name that has no mask function gets no mask from transformers; `_Run` makes its own.
@@ -342,9 +362,8 @@ def _ffn_hook(run: _Run, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]]
 
 
 def _decoder(model: Any) -> Any:
-    return next(
-        (getattr(model.model, n) for n in ("language_model", "text_model") if hasattr(model.model, n)), model.model
-    )
+    names = [name for name in ("language_model", "text_model") if hasattr(model.model, name)]
+    return getattr(model.model, names[0]) if names else model.model
 
 
 def _layers(model: PreTrainedModel) -> Any:
@@ -387,6 +406,8 @@ def _left_padded(inputs: Mapping[str, Tensor], masks: Masks) -> tuple[dict[str, 
         return tensor.gather(1, order.to(tensor.device))
 
     new = {**inputs, "input_ids": moved(ids), "attention_mask": moved(attended)}
+    if "token_type_ids" in inputs:
+        new["token_type_ids"] = moved(inputs["token_type_ids"])
     return new, _with_given_masks(masks, moved)
 
 
@@ -402,6 +423,8 @@ def _appended(inputs: Mapping[str, Tensor], masks: Masks, token: Tensor) -> tupl
         positions = inputs["position_ids"]
         behind = positions.amax((0, 2), keepdim=True) + 1
         new["position_ids"] = torch.cat([positions, behind.expand(len(positions), -1, 1)], dim=2)
+    if "token_type_ids" in inputs:
+        new["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, 1))
 
     def extended(given: Tensor) -> Tensor:
         return torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)

@@ -46,10 +46,21 @@ def _whole(nodes: Sequence[fx.Node], axis: int) -> fx.Node | None:
     return source if at == END else None
 
 
-def visible(emit: Emitter, q_order: Sequence[fx.Node], k_order: Sequence[fx.Node]) -> str:
+def visible(
+    emit: Emitter,
+    q_order: Sequence[fx.Node],
+    k_order: Sequence[fx.Node],
+    reach: Sequence[fx.Node] | None = None,
+    window: int = 0,
+) -> str:
     """Which keys a query sees: bool [B, n, m]."""
-    queries, keys = (emit.concat([emit.value(n) for n in orders], 1) for orders in (q_order, k_order))
-    return str(emit.op("LessOrEqual", emit.unsqueeze(keys, 1), emit.unsqueeze(queries, 2)))
+    orders = (q_order, k_order, q_order if reach is None else reach)
+    queries, keys, last = (emit.concat([emit.value(n) for n in each], 1) for each in orders)
+    seen = emit.op("LessOrEqual", emit.unsqueeze(keys, 1), emit.unsqueeze(last, 2))
+    if window:
+        first = emit.op("Sub", emit.unsqueeze(queries, 2), emit.constant(window))
+        seen = emit.op("And", seen, emit.op("Less", first, emit.unsqueeze(keys, 1)))
+    return str(seen)
 
 
 def dense(emit: Emitter, q: str, k: str, v: str, seen: str, scale: float, maybe_none: bool = False) -> str:
@@ -77,13 +88,18 @@ def _precision(emit: Emitter) -> dict[str, int]:
 
 def attention(emit: Emitter, node: fx.Node) -> str:
     """`foveate::attention`, or what another op has of it: the first arguments are the same."""
-    q, k, v, q_order, k_order, _, layout, scale = args_of(node)
-    seen = visible(emit, q_order, k_order)
+    q, k, v, q_order, k_order, _, layout, scale, *more = args_of(node)
+    seen = visible(emit, q_order, k_order, *more)
     if layout.startswith("t:") and layout.count("t") > 2:
         out = by_streams(emit, q, k, v, seen, scale)
     else:
         queries, keys, values = (joined(emit, x, 2) for x in (q, k, v))
-        if emit.blocks > 1 and layout == "vt:vt" and all(n.op == "placeholder" for n in (*q_order, *k_order)):
+        if (
+            emit.blocks > 1
+            and layout == "vt:vt"
+            and not more
+            and all(n.op == "placeholder" for n in (*q_order, *k_order))
+        ):
             out = in_blocks(emit, queries, keys, values, seen, emit.length(emit.value(k_order[0]), 1), scale)
         else:
             out = dense(emit, queries, keys, values, seen, scale, maybe_none=layout.startswith("v:"))

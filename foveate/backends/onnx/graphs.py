@@ -106,6 +106,8 @@ def embed_tokens(program: Program, places: Mapping[str, Place]) -> onnx.ModelPro
     table = emit.weight(program.info.paths["embed"])
     image = emit.op("Equal", "input_ids", emit.constant(program.info.image_token_id))
     found = emit.op("Gather", table, emit.op("Where", image, emit.constant(0), "input_ids"))
+    if program.info.embed_scale != 1:
+        found = emit.op("Mul", found, emit.constant(program.info.embed_scale, program.dtype))
     nodes, initializers = emit.used([found])
     nodes.append(helper.make_node("Identity", [found], ["inputs_embeds"], name="output.inputs_embeds"))
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])

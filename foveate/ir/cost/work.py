@@ -214,7 +214,7 @@ def _attention(node: fx.Node, sizes: Sizes) -> tuple[int, int]:
     attention = Attention.of(node)
     batch, heads, _, size = sizes.shape(attention.q[0])
     queries, keys = ([sizes.shape(x)[2] for x in xs] for xs in (attention.q, attention.k))
-    prefix = _prefix(attention, sizes)
+    prefix = _prefix(attention, sizes) if attention.plain else -1
     spanned, computed = ops.attention_pairs(queries, keys, attention.layout, prefix)
     return 4 * batch * heads * size * spanned, 4 * batch * heads * size * computed
 

@@ -61,6 +61,7 @@ def weightless(name_or_config: Any, dtype: torch.dtype = torch.bfloat16) -> nn.M
             f"{kind} is no configuration of an image-text model; shipped configurations: {', '.join(names())}"
         )
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    assert isinstance(model, nn.Module)  # transformers is not typed
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.tie_weights()  # which transformers leaves to those who give weights their values
+    assert isinstance(model, nn.Module)
     return model.eval()

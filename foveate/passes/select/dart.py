@@ -54,6 +54,11 @@ class DART(Selection):
             raise PassError(f"{self.name}: no head of layer {before} looks at visual tokens, so there are no keys")
         seen = Attention.of(rows[0])
         orders = [visual_order_at(graph, self.layer), seen.k_order[1]]
+        if edit.program.info.norm_offset:
+            raise PassError(
+                f"{self.name}: the norms of {edit.program.info.family} add {edit.program.info.norm_offset:g} to their "
+                f"weights, which {self.name} does not know"
+            )
         # Of the model's last norm only its weight turns a direction.
         weight = edit.weight(edit.program.info.paths["norm"])
         streams: list[fx.Node] = []

@@ -21,7 +21,7 @@ from torch import fx
 
 from foveate import ops
 from foveate.errors import PassError
-from foveate.ir.attention import attentions, looks_at_visual, taken_apart
+from foveate.ir.attention import Attention, attentions, looks_at_visual, taken_apart
 from foveate.ir.fit import find_schedule, visual_share
 from foveate.ir.program import NodeInfo
 from foveate.ir.rewriter import Rewriter
@@ -103,6 +103,9 @@ class FitPrune(Pass):
         looking = [[n for n in attentions(graph, layer, s) if looks_at_visual(n)] for s in ("text", "visual")]
         if not all(looking):
             raise PassError(f"{self.name}: no head of layer {layer} looks at visual tokens, so there is no score")
+        for node in (nodes[0] for nodes in looking):
+            if isinstance(seen := taken_apart(node), Attention):
+                seen.checked(self.name, node)
         start, live = part_behind(edit, layer, attentions(graph, layer))
         about = NodeInfo(layer, "select", "visual", self.name)
         with edit.before(start):

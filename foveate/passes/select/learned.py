@@ -168,7 +168,7 @@ class LearnedSelection(Pass):
     def _weigh(self, edit: Rewriter, node: fx.Node, weights: fx.Node) -> None:
         if node.target != ops.attention:
             raise PassError(f"{self.name}: modules cannot be trained beside {info(node).by}; leave that out")
-        seen = Attention.of(node)
+        seen = Attention.of(node).checked(self.name, node)
         with edit.before(node):
             args = (seen.q[0], seen.k, seen.v, seen.q_order[0], seen.k_order, weights, seen.scale)
             edit.replace(node, edit.call(ops.weighted_attention, *args, about=info(node)))

@@ -18,9 +18,9 @@ def last_row(edit: Rewriter, attention: fx.Node, about: NodeInfo) -> fx.Node:
     """What the last text token pays to each visual token, summed over heads: fp32 [B, n].
 
     attention: a `foveate::attention` node of the text stream whose first keys are visual. The sum ranks as the mean
-    over all heads does; heads that do not see the image add nothing.
+    over all heads does; heads that do not see the image add nothing. PassError where that layer sees a window only.
     """
-    seen = Attention.of(attention)
+    seen = Attention.of(attention).without_window(edit.by, attention)
     last = about.with_(stream="text")
     query = edit.call(aten.slice.Tensor, seen.q[0], 2, -1, END, about=last)
     order = edit.call(aten.slice.Tensor, seen.q_order[0], 1, -1, END, about=last)

@@ -96,7 +96,8 @@ class SparseVLM(Pass):
 
     def _stage(self, edit: Rewriter, stage: int, raters: fx.Node, reach: fx.Node) -> str:
         graph, layer = edit.graph, self.layers[stage] + 1
-        seen = Attention.of(next(n for n in attentions(graph, layer - 1, "text") if looks_at_visual(n)))
+        asked = next(n for n in attentions(graph, layer - 1, "text") if looks_at_visual(n))
+        seen = Attention.of(asked).without_window(self.name, asked)
         live, hidden = live_into(graph, layer), hidden_into(edit, layer)
         rows = seen.q[0], seen.k, seen.q_order[0], seen.k_order, raters, seen.scale
         about = NodeInfo(layer, "select", "visual", self.name)
