@@ -125,7 +125,7 @@ def add_graphs(work: Path, names: Sequence[str], model: OptimizedModel) -> None:
 
     What `foveate.runner` must know of prompts stands beside them, so that it need not understand configurations.
     """
-    told = {"prompts": prompts_of(model)} if FAMILIES[model.program.info.family].UNIFORM else {}
+    told = {"prompts": prompts_of(model)} if model.program.info.uniform else {}
     _amend(work, backend="onnx", files={name: sha256(work / name) for name in names}, **told)
 
 

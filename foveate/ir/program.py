@@ -61,6 +61,7 @@ class ModelInfo:
     video's tokens in a prompt, in families that take videos. patches_per_window: of a whole window, where the tower's
     attention has windows. deepstack: behind how many of the first layers visual tokens get features of their own added.
     embed_scale: what token embeddings are multiplied by. norm_offset: what the decoder's norms add to their weights.
+    uniform: whether every image, or tile, becomes as many tokens as `grid` has, row by row and in one piece.
     """
 
     family: str
@@ -82,6 +83,7 @@ class ModelInfo:
     deepstack: int = 0
     embed_scale: float = 1.0
     norm_offset: float = 0.0
+    uniform: bool = True
 
     @property
     def tokens_per_image(self) -> int:

@@ -25,8 +25,6 @@ from foveate.models.tiles import Given
 NEWLINE = -1
 """What stands for a newline where patches are numbered."""
 
-UNIFORM = False
-
 
 class Vision(llava.Vision):
     """Tiles [T, C, height, width] to [T, N + 1, hidden size]: N visual embeddings, and the newline's."""

@@ -15,12 +15,11 @@ from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models import decoder, tiles
 from foveate.models.recording import Inputs, Size
-from foveate.models.tiles import POSITION_AXES, UNIFORM, Given, layout, pictures, positions, sample, vision_given
+from foveate.models.tiles import POSITION_AXES, Given, layout, pictures, positions, sample, vision_given
 
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "WHOLE_IMAGES",
     "Decoder",
     "Vision",
@@ -136,6 +135,7 @@ def describe(config: Any) -> ModelInfo:
         paths=dict(decoder.PATHS),
         roles=dict(decoder.ROLES),
         config=config.to_dict(),
+        uniform=True,
         embed_scale=text.hidden_size**0.5,
         norm_offset=1.0,
     )

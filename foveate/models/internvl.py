@@ -13,7 +13,6 @@ from foveate.models.recording import Inputs, Size
 from foveate.models.tiles import (
     GIVEN,
     POSITION_AXES,
-    UNIFORM,
     images_in,
     layout,
     pictures,
@@ -25,7 +24,6 @@ from foveate.models.tiles import (
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",
@@ -101,6 +99,7 @@ def describe(config: Any) -> ModelInfo:
         paths=dict(PATHS),
         roles=dict(DECODERS[text.model_type]),
         config=config.to_dict(),
+        uniform=True,
     )
 
 

@@ -14,7 +14,6 @@ from foveate.models.recording import Inputs, Size
 from foveate.models.tiles import (
     GIVEN,
     POSITION_AXES,
-    UNIFORM,
     images_in,
     layout,
     pictures,
@@ -26,7 +25,6 @@ from foveate.models.tiles import (
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",
@@ -97,6 +95,7 @@ def describe(config: Any) -> ModelInfo:
         paths=dict(PATHS),
         roles=dict(ROLES),
         config=config.to_dict(),
+        uniform=True,
     )
 
 

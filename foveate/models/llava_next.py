@@ -12,7 +12,7 @@ from foveate.errors import UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import anyres
-from foveate.models.anyres import UNIFORM, Vision
+from foveate.models.anyres import Vision
 from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
 from foveate.models.llava import tower_layers, vision_inputs
 from foveate.models.tiles import POSITION_AXES, Given, positions
@@ -20,7 +20,6 @@ from foveate.models.tiles import POSITION_AXES, Given, positions
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",
@@ -72,6 +71,7 @@ def describe(config: Any) -> ModelInfo:
         paths=dict(PATHS),
         roles=dict(ROLES),
         config=config.to_dict(),
+        uniform=False,
     )
 
 

@@ -22,7 +22,7 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import anyres
-from foveate.models.anyres import UNIFORM, Vision
+from foveate.models.anyres import Vision
 from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
 from foveate.models.llava import tower_layers, vision_inputs
 from foveate.models.tiles import POSITION_AXES, Given, positions
@@ -30,7 +30,6 @@ from foveate.models.tiles import POSITION_AXES, Given, positions
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",
@@ -92,6 +91,7 @@ def describe(config: Any) -> ModelInfo:
         paths=dict(PATHS),
         roles=dict(ROLES),
         config=config.to_dict(),
+        uniform=False,
         video_token_id=config.video_token_id,
     )
 

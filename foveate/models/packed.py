@@ -20,8 +20,6 @@ from foveate.models.tiles import Given
 GIVEN = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
 """What such a family takes beside input ids and attention mask; the last tells what the ids tell too."""
 
-UNIFORM = False
-
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 """What comes of images, and of videos: patches, and frames, rows and columns of them."""
 
@@ -75,6 +73,7 @@ def about(config: Any, family: str, deepstack: int = 0) -> ModelInfo:
         patches_per_token=merged**2,
         video_token_id=config.video_token_id,
         deepstack=deepstack,
+        uniform=False,
     )
 
 

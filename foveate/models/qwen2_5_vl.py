@@ -19,14 +19,13 @@ from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import packed
 from foveate.models.decoder import Decoder
-from foveate.models.packed import POSITION_AXES, UNIFORM, pictures, sample, tower_layers
+from foveate.models.packed import POSITION_AXES, pictures, sample, tower_layers
 from foveate.models.recording import Inputs, Size
 from foveate.models.tiles import Given
 
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",

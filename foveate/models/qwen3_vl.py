@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models import packed
-from foveate.models.packed import GIVEN, POSITION_AXES, UNIFORM, images_in, layout, pictures, sample, tower_layers
+from foveate.models.packed import GIVEN, POSITION_AXES, images_in, layout, pictures, sample, tower_layers
 from foveate.models.recording import Inputs, Size
 from foveate.models.tiles import Given
 
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",

@@ -11,7 +11,6 @@ from foveate.models.decoder import Decoder
 from foveate.models.packed import (
     GIVEN,
     POSITION_AXES,
-    UNIFORM,
     about,
     images_in,
     layout,
@@ -26,7 +25,6 @@ from foveate.models.packed import (
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",

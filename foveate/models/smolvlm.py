@@ -16,12 +16,11 @@ from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import decoder, tiles
 from foveate.models.recording import Inputs, Size
-from foveate.models.tiles import POSITION_AXES, UNIFORM, Given, positions, sample
+from foveate.models.tiles import POSITION_AXES, Given, positions, sample
 
 __all__ = [
     "GIVEN",
     "POSITION_AXES",
-    "UNIFORM",
     "Decoder",
     "Vision",
     "describe",
@@ -117,6 +116,7 @@ def describe(config: Any) -> ModelInfo:
         paths=dict(PATHS),
         roles=dict(decoder.ROLES),
         config=config.to_dict(),
+        uniform=True,
     )
 
 

@@ -17,9 +17,6 @@ Given = Mapping[str, Tensor]
 GIVEN = ("pixel_values",)
 """What of it such a family takes."""
 
-UNIFORM = True
-"""Whether every image becomes equally many tokens, of one grid, in a row of their own."""
-
 POSITION_AXES: tuple[int, ...] = ()
 """Axes of the position ids before [batch, sequence]."""
 

@@ -71,14 +71,19 @@ def dense(emit: Emitter, q: str, k: str, v: str, seen: str, scale: float, maybe_
     """
     if not maybe_none:
         return str(emit.op("Attention", q, k, v, emit.unsqueeze(seen, 1), scale=scale, **_precision(emit)))
-    wide = [emit.op("Pad", x, emit.constant([0, 0, 0, 0, 0, 0, 1, 0])) for x in (q, k, v)]
+    more = _one_more(emit, q, k, v, seen)
+    return emit.slice(dense(emit, *more, scale), 2, emit.constant([0]), emit.length(q, 2))
+
+
+def _one_more(emit: Emitter, q: str, k: str, v: str, seen: str) -> tuple[str, str, str, str]:
+    """One query more, at the end, that sees all, and one key more that no other sees."""
+    queries, keys, values = (emit.op("Pad", x, emit.constant([0, 0, 0, 0, 0, 0, 1, 0])) for x in (q, k, v))
     # No Pad, which not every runtime has for bool.
     for axis, value in ((2, False), (1, True)):
         sizes = [emit.length(seen, 0), emit.length(seen, 1), emit.length(seen, 2)]
         sizes[axis] = emit.constant([1])
         seen = emit.concat([seen, emit.op("Expand", emit.constant(value), emit.concat(sizes, 0))], axis)
-    queries, keys, values = wide
-    return emit.slice(dense(emit, queries, keys, values, seen, scale), 2, emit.constant([0]), emit.length(q, 2))
+    return queries, keys, values, seen
 
 
 def _precision(emit: Emitter) -> dict[str, int]:
@@ -106,11 +111,13 @@ def attention(emit: Emitter, node: fx.Node) -> str:
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
 
 
-def in_blocks(emit: Emitter, q: str, k: str, v: str, seen: str, visual: str, scale: float) -> str:
+def in_blocks(
+    emit: Emitter, q: str, k: str, v: str, seen: str, visual: str, scale: float, band: int | None = None
+) -> str:
     """As `dense` for visual tokens [.., visual] with text behind them, whose order rises: no block sees all keys.
 
-    A block of queries looks at the visual keys up to its own end, and at all text. Blocks are equally long; the last
-    ones overlap where the length is not divisible.
+    A block of queries looks at the visual keys up to its own end or, with a `band`, at those that are not farther from
+    it than that, and at all text. Blocks are equally long; the last ones overlap where the length is not divisible.
     """
     total = emit.length(q, 2)
     size = emit.op("Div", emit.op("Add", total, emit.constant([emit.blocks - 1])), emit.constant([emit.blocks]))
@@ -119,13 +126,19 @@ def in_blocks(emit: Emitter, q: str, k: str, v: str, seen: str, visual: str, sca
         first = emit.op("Mul", size, emit.constant([number]))
         start = emit.op("Min", first, emit.op("Sub", total, size))
         end = emit.op("Add", start, size)
+        low, high = emit.constant([0]), end
+        if band is not None:
+            low = emit.op("Max", emit.op("Sub", start, emit.constant([band])), low)
+            high = emit.op("Min", emit.op("Add", end, emit.constant([band])), visual)
+        behind = emit.op("Max", high, visual)
 
-        def looks(value: str, axis: int, end: str = end) -> str:
-            behind = emit.slice(value, axis, emit.op("Max", end, visual), emit.constant([END]))
-            return emit.concat([emit.slice(value, axis, emit.constant([0]), end), behind], axis)
+        def looks(value: str, axis: int, low: str = low, high: str = high, behind: str = behind) -> str:
+            rest = emit.slice(value, axis, behind, emit.constant([END]))
+            return emit.concat([emit.slice(value, axis, low, high), rest], axis)
 
         rows, mask = emit.slice(q, 2, start, end), emit.slice(seen, 1, start, end)
-        keys = (k, v, mask) if number == emit.blocks - 1 else (looks(k, 2), looks(v, 2), looks(mask, 2))
+        whole = band is None and number == emit.blocks - 1
+        keys = (k, v, mask) if whole else (looks(k, 2), looks(v, 2), looks(mask, 2))
         out = dense(emit, rows, *keys, scale)
         outs.append(emit.slice(out, 2, emit.op("Sub", first, start), emit.constant([END])))
     return emit.concat(outs, 2)
@@ -233,8 +246,27 @@ def _neighbor_attention(emit: Emitter, node: fx.Node) -> str:
     # A padded query sees nothing near; what it gives means nothing, but must be finite.
     padded = emit.op("Equal", emit.value(q_order), emit.constant(ops.PAD))
     mask = emit.op("Or", mask, emit.unsqueeze(padded, 2))
-    out = dense(emit, emit.value(q), joined(emit, k, 2), joined(emit, v, 2), mask, scale, maybe_none=True)
+    parts = emit.value(q), joined(emit, k, 2), joined(emit, v, 2), mask
+    band = _band(emit, radius, metric)
+    if band is None or q_order.op != "placeholder":
+        out = dense(emit, *parts, scale, maybe_none=True)
+    else:
+        visual, total = emit.length(emit.value(k[0]), 2), emit.length(parts[0], 2)
+        out = in_blocks(emit, *_one_more(emit, *parts), visual, scale, band)
+        out = emit.slice(out, 2, emit.constant([0]), total)
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
+
+
+def _band(emit: Emitter, radius: int, metric: str) -> int | None:
+    """How far apart neighbours stand in the visual stream at most; None where that is not known, or saves nothing.
+
+    Known is it where every image has the same grid, row by row, and the tower neither chooses nor orders tokens.
+    """
+    about = emit.program.info
+    if emit.blocks == 1 or not about.uniform or emit.program.shortens:
+        return None
+    band = radius if metric == "raster" else radius * (about.grid[1] + 1)
+    return band if 2 * band < about.tokens_per_image else None
 
 
 def around(

@@ -21,7 +21,6 @@ from typing import Any
 from foveate.artifact import prompts_of
 from foveate.errors import BackendError
 from foveate.model import OptimizedModel
-from foveate.models.registry import FAMILIES
 from foveate.serving.triton.check import check
 from foveate.serving.triton.config import Config, TensorSpec, of_graph
 from foveate.serving.triton.files import FOLDER, place, record
@@ -90,11 +89,11 @@ def write(model: OptimizedModel, package: Path) -> Repository:
 
 
 def _check_family(model: OptimizedModel) -> None:
-    family = model.program.info.family
-    if not FAMILIES[family].UNIFORM:
+    about = model.program.info
+    if not about.uniform:
         raise BackendError(
-            f"images of {family} have grids of their own, which the Python model for Triton does not place: serve the "
-            "package with Ray Serve"
+            f"images of {about.family} have grids of their own, which the Python model for Triton does not place: "
+            "serve the package with Ray Serve"
         )
 
 
