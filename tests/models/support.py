@@ -5,6 +5,7 @@ python -m tests.models.support        tries everything again and writes the page
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 import foveate
 from foveate.backends.base import lower
-from foveate.errors import BackendError, FoveateError
+from foveate.errors import BackendError, FoveateError, FoveateWarning
+from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs, random_llava
 from foveate.passes.pipeline import PASSES, resolve
 from foveate.passes.select.learned import LearnedSelection
@@ -62,7 +64,7 @@ def tried(model: Any, program: Any, text: str, inputs: dict[str, Any]) -> tuple[
     """Where a pass runs, and why not where it does not: eager torch must answer, and ONNX Runtime the same."""
     (chosen,) = resolve(text)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("error", foveate.FoveateWarning)
+        warnings.simplefilter("error", FoveateWarning)
         if isinstance(chosen, LearnedSelection):
             file = Path(folder) / "modules.safetensors"
             chosen.new(program, 0).save(file)
@@ -81,10 +83,20 @@ def tried(model: Any, program: Any, text: str, inputs: dict[str, Any]) -> tuple[
                 runners = lower(eager.program, "onnx")
             except BackendError as error:
                 return EAGER, str(error)
-            there = foveate.OptimizedModel(eager.program, model.config, None, "onnx", lambda: runners)
+            there = OptimizedModel(eager.program, model.config, None, "onnx", lambda: runners)
             found = there(**inputs).logits
     assert float((found - expected).abs().max()) < TOLERANCE, text
     return BOTH, ""
+
+
+def reason(name: str, family: str, why: str) -> str:
+    """What is said of a pass and a family, without their names, so that others who say the same share a line."""
+    why = (
+        why.removeprefix(f"{name}: ")
+        .replace(f"tower of {family}: ", "tower: ")
+        .replace(f"norms of {family} ", "norms ")
+    )
+    return re.sub(rf"^{name}.*? cannot be|{name}", lambda found: "it cannot be" if " " in found[0] else "the pass", why)
 
 
 def families() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
@@ -114,8 +126,9 @@ def page() -> str:
     ]
     for name, text in sorted(TEXTS.items()):
         cells = []
-        for model, program, inputs in models.values():
+        for family, (model, program, inputs) in models.items():
             where, why = tried(model, program, text, inputs)
+            why = reason(name, family, why)
             note = f" [{reasons.setdefault(why, len(reasons) + 1)}]" if why else ""
             cells.append(f"{where}{note}")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")

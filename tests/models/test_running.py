@@ -62,6 +62,7 @@ def prompts(name: str) -> list[list[list[int]]]:
     return [*ROWS, *([[[1, 1], [0, 2]], [[0, 1]]] if name in VIDEOS else [])]
 
 
+@pytest.mark.slow
 @each
 def test_twenty_random_batches_are_answered_as_by_transformers(name: str) -> None:
     model, mine = source(name), optimized(name, "")
@@ -116,9 +117,9 @@ REFUSED = {("gemma3", case): NO_NEIGHBORS for case in ("neighbors", "causal neig
 """What a family does not take, and why."""
 
 
+@pytest.mark.slow
 @each
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("case", "padding"), [*((case, "left") for case in CASES), ("all", "right")])
 def test_every_pass_is_its_masked_oracle(name: str, case: str, padding: str) -> None:
     passes, masks = CASES[case]
     if (name, case) in REFUSED:
@@ -128,6 +129,7 @@ def test_every_pass_is_its_masked_oracle(name: str, case: str, padding: str) -> 
     check(name, optimized(name, passes), masks, padding)
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_dropped_heads_are_their_masked_oracle(name: str, padding: str) -> None:
