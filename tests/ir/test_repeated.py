@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,7 +40,10 @@ def recorded(model: Any) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [deep, tiny.qwen2_vl, tiny.qwen2_5_vl, tiny.qwen3_vl, tiny.internvl])
+@pytest.mark.parametrize(
+    "make",
+    [deep, tiny.qwen2_vl, tiny.qwen2_5_vl, tiny.qwen3_vl, tiny.internvl, tiny.smolvlm, tiny.gemma3],
+)
 def test_the_text_is_that_of_a_recording_of_every_layer(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +57,18 @@ def test_the_text_is_that_of_a_recording_of_every_layer(
 @pytest.mark.slow
 def test_equal_layers_run_once() -> None:
     assert recorded(deep()) == [0]
+
+
+@pytest.mark.slow
+def test_layers_of_two_kinds_run_once_each() -> None:
+    assert recorded(tiny.gemma3(kinds="sliding full sliding full", num_hidden_layers=4)) == [0, 1]
+
+
+def test_activations_that_are_functions_with_arguments_are_compared_by_those() -> None:
+    layers = tiny.gemma3().model.vision_tower.encoder.layers
+    assert alike(layers, 0, 1)
+    layers[1].mlp.activation_fn.act = partial(torch.nn.functional.gelu, approximate="none")
+    assert not alike(layers, 0, 1)
 
 
 def test_a_layer_with_an_attribute_of_its_own_is_recorded_itself() -> None:
