@@ -111,7 +111,7 @@ def test_a_family_that_is_not_supported(run: Run, copy: Path) -> None:
     result = run("optimize", copy, "--passes", "", "-o", copy / "out")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: model family 'bert'")
-    assert "supported: internvl, llava" in result.stderr
+    assert "supported: gemma3, idefics3, internvl, llava" in result.stderr
 
 
 def test_pickled_weights_are_not_read(copy: Path) -> None:
