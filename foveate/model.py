@@ -115,8 +115,6 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         before each row's first label, as they would for that prompt alone. questions: fp32 [images, P] of
         `foveate.questions`, where a pass asks for them. Raises InputError where the inputs do not fit together.
         """
-        if input_ids is None:
-            raise InputError("input_ids is missing: give what the model's processor returns")
         named = {"pixel_values": pixel_values, "questions": questions, **_asked_for(options)}
         prompts = Prompts.of(
             self.program,
@@ -132,9 +130,9 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         if cache is not None and cache.get_seq_length():
             if not isinstance(cache, VisualTextCache):
                 raise InputError(f"the cache is a {type(cache).__name__}; give one that this model returned")
-            return self._run_decode(input_ids, cache)
+            return self._run_decode(prompts.input_ids, cache)
         prepared = prepare(self.program, self._run, prompts)
-        return self._run_prefill(input_ids, prepared.inputs, prepared.streams, cache, use_cache)
+        return self._run_prefill(prompts.input_ids, prepared.inputs, prepared.streams, cache, use_cache)
 
     def _run_prefill(
         self,

@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models import decoder, tiles
-from foveate.models.recording import Inputs, Size
-from foveate.models.tiles import POSITION_AXES, Given, layout, pictures, positions, sample, vision_given
+from foveate.models.tiles import (
+    POSITION_AXES,
+    Given,
+    layout,
+    pictures,
+    positions,
+    sample,
+    tower_layers,
+    vision_given,
+    vision_inputs,
+)
 
 __all__ = [
     "GIVEN",
@@ -86,11 +95,6 @@ class Decoder(nn.Module):
         return logits
 
 
-def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
-    """Inputs of `Vision`."""
-    return {"pixel_values": ((size("images"), *info.image_size), None)}
-
-
 def describe(config: Any) -> ModelInfo:
     """Sizes and names of a Gemma 3 with this configuration.
 
@@ -139,11 +143,6 @@ def describe(config: Any) -> ModelInfo:
         embed_scale=text.hidden_size**0.5,
         norm_offset=1.0,
     )
-
-
-def tower_layers(model: Any) -> int:
-    """How many tower layers the features need."""
-    return int(model.config.vision_config.num_hidden_layers)
 
 
 def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:

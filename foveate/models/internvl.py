@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models.decoder import FUSED_ROLES, PATHS, ROLES, Decoder, sizes
-from foveate.models.recording import Inputs, Size
 from foveate.models.tiles import (
     GIVEN,
     POSITION_AXES,
@@ -18,7 +17,9 @@ from foveate.models.tiles import (
     pictures,
     positions,
     sample,
+    tower_layers,
     vision_given,
+    vision_inputs,
 )
 
 __all__ = [
@@ -54,11 +55,6 @@ class Vision(nn.Module):
         features = self.model.model.get_image_features(pixel_values, return_dict=True).pooler_output
         assert isinstance(features, Tensor)  # the projector is a plain module
         return features
-
-
-def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
-    """Inputs of `Vision`."""
-    return {"pixel_values": ((size("images"), *info.image_size), None)}
 
 
 def describe(config: Any) -> ModelInfo:
@@ -101,8 +97,3 @@ def describe(config: Any) -> ModelInfo:
         config=config.to_dict(),
         uniform=True,
     )
-
-
-def tower_layers(model: Any) -> int:
-    """How many tower layers the features need."""
-    return int(model.config.vision_config.num_hidden_layers)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
-from foveate.models.recording import Inputs, Size
 from foveate.models.tiles import (
     GIVEN,
     POSITION_AXES,
@@ -20,6 +19,7 @@ from foveate.models.tiles import (
     positions,
     sample,
     vision_given,
+    vision_inputs,
 )
 
 __all__ = [
@@ -57,11 +57,6 @@ class Vision(nn.Module):
         features = inner.multi_modal_projector(chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1))
         assert isinstance(features, Tensor)  # the projector is a plain module
         return features
-
-
-def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
-    """Inputs of `Vision`."""
-    return {"pixel_values": ((size("images"), *info.image_size), None)}
 
 
 def describe(config: Any) -> ModelInfo:

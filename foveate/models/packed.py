@@ -25,6 +25,7 @@ KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid
 
 SAMPLE_SIDE = 8
 """Tokens that a side of a random image has at most."""
+
 POSITION_AXES: tuple[int, ...] = (3,)
 
 GRID = (16, 16)
@@ -36,10 +37,8 @@ Block = tuple[Sequence[int], int, int]
 
 def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
     """Packed patches [n, values of a patch], row and column of each, and where each frame begins and ends."""
-    vision = info.config["vision_config"]
-    patch = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
     return {
-        "pixel_values": ((size("patches"), patch), None),
+        "pixel_values": ((size("patches"), values_of(info)), None),
         "patch_positions": ((size("patches"), 2), torch.int64),
         "cu_seqlens": ((size("images") + 1,), torch.int32),
     }

@@ -15,8 +15,7 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import decoder, tiles
-from foveate.models.recording import Inputs, Size
-from foveate.models.tiles import POSITION_AXES, Given, positions, sample
+from foveate.models.tiles import POSITION_AXES, Given, positions, sample, tower_layers, vision_inputs
 
 __all__ = [
     "GIVEN",
@@ -80,11 +79,6 @@ class Decoder(decoder.Decoder):
     inside = "text_model"
 
 
-def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
-    """Inputs of `Vision`."""
-    return {"pixel_values": ((size("images"), *info.image_size), None)}
-
-
 def describe(config: Any) -> ModelInfo:
     """Sizes and names of a SmolVLM or Idefics3 with this configuration.
 
@@ -118,11 +112,6 @@ def describe(config: Any) -> ModelInfo:
         config=config.to_dict(),
         uniform=True,
     )
-
-
-def tower_layers(model: Any) -> int:
-    """How many tower layers the features need."""
-    return int(model.config.vision_config.num_hidden_layers)
 
 
 def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from foveate.errors import InputError
 from foveate.ir.layout import NOWHERE, Layout
 from foveate.ir.program import ModelInfo
+from foveate.models.recording import Inputs, Size
 
 Given = Mapping[str, Tensor]
 """What a processor made beside input ids and attention mask, by name; only what is there."""
@@ -19,6 +21,16 @@ GIVEN = ("pixel_values",)
 
 POSITION_AXES: tuple[int, ...] = ()
 """Axes of the position ids before [batch, sequence]."""
+
+
+def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
+    """Inputs of `Vision`, the module from pixels to embeddings."""
+    return {"pixel_values": ((size("images"), *info.image_size), None)}
+
+
+def tower_layers(model: Any) -> int:
+    """How many tower layers the features need, where they come from the last."""
+    return int(model.config.vision_config.num_hidden_layers)
 
 
 def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
