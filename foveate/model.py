@@ -278,8 +278,7 @@ def training_graphs(program: Program) -> dict[str, Runner]:
 def _placed(order: Tensor, streams: Streams) -> Tensor:
     """The places in the prompt that tokens [B, ..., k] stand for, `PAD` for none."""
     spare = order == PAD
-    flat = order.masked_fill(spare, 0).flatten(1)
-    found = torch.where(streams.image.gather(1, flat), streams.origin.gather(1, flat), flat)
+    found = streams.origin.gather(1, order.masked_fill(spare, 0).flatten(1))
     return found.view_as(order).masked_fill(spare, PAD)
 
 

@@ -140,7 +140,7 @@ def _inputs(
         inputs[f"{name}_position_ids"] = stream.position_ids
         inputs[f"{name}_order"] = stream.order
     if any(node.name == "text_reach" for node in program.prefill.nodes):
-        reach = reaches(streams.image)
+        reach = streams.order.gather(1, reaches(streams.image))
         for name, stream in {"visual": streams.visual, "text": streams.text}.items():
             inputs[f"{name}_reach"] = reach.gather(1, stream.index).masked_fill(stream.order == PAD, PAD)
     return inputs

@@ -21,8 +21,9 @@ from foveate.ops import PAD
 class Stream:
     """One stream of a batch: where its tokens stand in the prompt.
 
-    index: int64 [B, n] place in the prompt (0 in padding); order: the same with `PAD` in padding, as
-    `foveate::attention` takes it; position_ids: int64 [B, n] for rotary embeddings, or [3, B, n] for M-RoPE.
+    index: int64 [B, n] place in the prompt (0 in padding); order: int64 [B, n], which of two tokens is the later one,
+    as `foveate::attention` takes it: the place, but that gaps which images have left are closed; `PAD` in padding.
+    position_ids: int64 [B, n] for rotary embeddings, or [3, B, n] for M-RoPE.
     """
 
     index: Tensor
@@ -35,7 +36,8 @@ class Streams:
     """A batch of prompts, taken apart.
 
     feature: int64 [B, S], which visual embedding stands at each place of the prompt (only where `image` is true).
-    origin: int64 [B, S], the place of the image token that a visual token at this place stands for; PAD for none.
+    order: int64 [B, S], that of the token at each place. origin: int64 [B, S], by order: the place that a token stands
+    for, which is its own place or that of an image's token; PAD for none.
     prefix: see `foveate.ops.attention`. next_position: int64 [B, 1], position of the first generated token.
     coords, grids: see `foveate.ops.neighbor_attention`; images are counted through the whole batch.
     """
@@ -44,6 +46,7 @@ class Streams:
     text: Stream
     image: Tensor
     feature: Tensor
+    order: Tensor
     origin: Tensor
     prefix: int
     next_position: Tensor
@@ -75,8 +78,9 @@ def arrange(
     if position_ids is None:
         position_ids = (real.cumsum(1) - 1).clamp(min=0)
     position_ids = position_ids.expand(*position_ids.shape[:-2], *input_ids.shape)
-    left = _stream(visual, position_ids, places, right=False)
-    right = _stream(text, position_ids, places, right=True)
+    order = places if layout.gone is None else _closed(real)
+    left = _stream(visual, position_ids, order, right=False)
+    right = _stream(text, position_ids, order, right=True)
     ends = position_ids.gather(-1, last.expand(*position_ids.shape[:-1], 1))
     if position_ids.dim() > 2:  # an image's last token need not be the one farthest along
         ends = position_ids.masked_fill(~real, -1).amax((0, 2))[:, None]
@@ -87,11 +91,20 @@ def arrange(
     origin = places
     if layout.origin is not None:
         there = places[image]
-        origin = _at(image, torch.where(layout.origin < 0, PAD, there[layout.origin.clamp(min=0)]))
-    feature = _at(image, layout.feature)
-    return Streams(
-        left, right, image, feature, origin, contiguous_prefix(left.order, right.order), ends + 1, coords, grids
-    )
+        seen = _at(image, torch.where(layout.origin < 0, PAD, there[layout.origin.clamp(min=0)]))
+        own = torch.where(image, seen, places)
+        origin = torch.zeros_like(places).scatter_add(1, order, own.masked_fill(~real, 0))
+    feature, prefix = _at(image, layout.feature), contiguous_prefix(left.order, right.order)
+    return Streams(left, right, image, feature, order, origin, prefix, ends + 1, coords, grids)
+
+
+def _closed(real: Tensor) -> Tensor:
+    """Orders without gaps: the last place is that of the last token that is left, bool [B, S], the others before it.
+
+    What is not left has the order of the token before it. So a window of so many tokens counts those that are left.
+    """
+    behind = real.flip(1).cumsum(1).flip(1) - real.long()
+    return real.shape[1] - 1 - behind
 
 
 def shorten(
@@ -167,7 +180,7 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[..., None].expand(*index.shape, values.shape[2]))
 
 
-def _stream(member: Tensor, position_ids: Tensor, places: Tensor, right: bool) -> Stream:
+def _stream(member: Tensor, position_ids: Tensor, orders: Tensor, right: bool) -> Stream:
     """The members of each row in order, pushed to one side."""
     width = int(member.sum(1).max())
     key = member if right else ~member
@@ -175,7 +188,7 @@ def _stream(member: Tensor, position_ids: Tensor, places: Tensor, right: bool) -
     index = index[:, index.shape[1] - width :] if right else index[:, :width]
     valid = member.gather(1, index)
     index = index.masked_fill(~valid, 0)
-    order = places.gather(1, index).masked_fill(~valid, PAD)
+    order = orders.gather(1, index).masked_fill(~valid, PAD)
     found = position_ids.gather(-1, index.expand(*position_ids.shape[:-1], width))
     return Stream(index, order, found.masked_fill(~valid, 0))
 

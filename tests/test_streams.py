@@ -277,8 +277,11 @@ def test_images_that_became_shorter(rows: list[Row], side: str, data: st.DataObj
     places = streams.feature.gather(1, streams.visual.index)[valid]
     assert torch.equal(streams.coords[valid][:, 2], source.flatten()[places] % TOKENS)
     assert torch.equal(streams.coords[valid][:, 0], places // TOKENS)
-    origin = streams.origin.gather(1, streams.visual.index)[valid]
+    origin = streams.origin.gather(1, streams.visual.order.masked_fill(~valid, 0))[valid]
     assert bool((ids.flatten()[origin + ids.shape[1] * valid.nonzero()[:, 0]] == IMAGE).all())
+    for row, tokens in enumerate(shorter):
+        orders = sorted({*streams.visual.order[row].tolist(), *streams.text.order[row].tolist()} - {PAD})
+        assert orders == list(range(ids.shape[1] - len(tokens), ids.shape[1])), "a window would count what is gone"
     assert streams.prefix == -1 or promise_holds(streams)
     assert len(streams.grids) == 0
 
@@ -287,7 +290,8 @@ def test_a_token_without_a_place_is_far_from_all_others() -> None:
     ids, mask = padded([[1, *[IMAGE] * 3, 2]], "left")
     streams = seen(INFO, ids, mask, None, {"out": torch.zeros(1, 2, 1), "source": torch.tensor([[-1, 2]])})
     assert streams.coords.tolist() == [[[0, NOWHERE, NOWHERE], [0, 0, 2]]]
-    assert streams.origin.gather(1, streams.visual.index).tolist() == [[PAD, 3]]
+    assert streams.origin.gather(1, streams.visual.order).tolist() == [[PAD, 3]]
+    assert streams.order.tolist() == [[1, 2, 3, 3, 4]]
 
 
 PROMPT = [1, *[IMAGE] * 3, 2]

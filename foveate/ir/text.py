@@ -53,6 +53,7 @@ _VISION = (
     ops.tome,
     ops.join_tokens,
     ops.received,
+    ops.column_means,
     ops.crossget,
     ops.cls_curve,
     aten.detach.default,

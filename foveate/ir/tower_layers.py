@@ -58,6 +58,7 @@ class Layer:
 
 def layers_of(tower: Tower) -> list[Layer]:
     """The tower's layers. PassError where tokens were selected before, or where the features are not one layer's."""
+    tower.check_single()
     tower.check_whole()
     tower.check_attends()
     if tower.tokens.target != aten.slice.Tensor:

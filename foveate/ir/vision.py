@@ -6,9 +6,14 @@
 
 `source` is the place on the image's grid that each token stands for. With `count` [I], an image has only so many of
 the k tokens; that is settled before the decoder runs.
+
+Where a token is made of a square of patches (pixel unshuffling, pooling), what the tower knows of patches is summed, or
+averaged, over the square; tokens are then what the projector's first product with a weight reads.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, fx
@@ -25,27 +30,27 @@ OTHERS = {
     "qwen2_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
     "qwen2_5_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
     "qwen3_vl": "it has no CLS token, and features of several depths belong to each token",
-    "internvl": "a token is four of the patches that attention and CLS see",
     "llava_next": "rows of several tiles stand side by side, with newlines between that are no patches",
     "llava_onevision": "it has no CLS token, and shrinks images and frames behind the tower",
-    "gemma3": "it has no CLS token, and a token is the mean of the patches that attention sees",
-    **dict.fromkeys(("smolvlm", "idefics3"), "it has no CLS token, and a token is several of the patches that it sees"),
 }
 """Family -> why its tower is not one of those that selections know."""
+
+SQUARES = ("internvl", "smolvlm", "idefics3", "gemma3")
+"""Families that make a token of a square of patches, all images of one size."""
 
 
 class Tower:
     """The parts of a vision graph that selections look at, and what they do to it.
 
     whole: whether it still gives all of an image's tokens. merged_by: the pass that merges tokens inside the tower, if
-    one does. projected: whether tokens are selected behind the projector, not before it. New nodes belong in front of
-    `end`.
+    one does. projected: whether tokens are selected behind the projector, not before it. side: of the square of patches
+    that a token is made of. has_cls: whether a CLS token stands before the patches. New nodes belong in front of `end`.
     Raises PassError for a family whose tower is not known, and where an image's number of tokens already depends on it.
     """
 
     def __init__(self, edit: Rewriter, name: str, projected: bool = False) -> None:
         about = edit.program.info
-        if about.family != "llava":
+        if about.family not in ("llava", *SQUARES):
             why = OTHERS.get(about.family, "it is not known how that makes its tokens")
             raise PassError(
                 f"{name}: visual tokens cannot be selected in the vision tower of {about.family}: {why}; select in the "
@@ -63,10 +68,20 @@ class Tower:
         self.name = name
         self.attentions = [n for n in edit.graph.nodes if n.target == ops.encoder_attention]
         self.layers = info(self.attentions[-1]).layer + 1 if self.attentions else 0
-        linears = (n for n in edit.graph.nodes if n.target == aten.linear.default and info(n).layer >= self.layers)
-        self.end = edit.graph.output_node() if projected else next(linears)
+        self.end = edit.graph.output_node() if projected else next(n for n in edit.graph.nodes if self._projects(n))
+        self.side, self.has_cls = 1, True
+        if about.family in SQUARES:
+            length = int(shape(args_of(self.attentions[0])[1])[2])
+            self.side = math.isqrt(length // about.tokens_per_image)
+            self.has_cls = length > about.tokens_per_image * self.side**2
         self.whole = "source" not in outputs(edit.graph)
         self.merged_by = next((info(n).by for n in edit.graph.nodes if n.target == ops.join_tokens), "")
+
+    def _projects(self, node: fx.Node) -> bool:
+        """Whether a node behind the layers multiplies tokens by a weight, and no pass has put it there to select."""
+        if node.target not in (aten.linear.default, aten.matmul.default) or info(node).layer < self.layers:
+            return False
+        return args_of(node)[1].op == "get_attr" and info(node).role != "select"
 
     @property
     def tokens(self) -> fx.Node:
@@ -92,9 +107,24 @@ class Tower:
         if not self.whole:
             raise PassError(f"{self.name}: the vision tower already selects visual tokens; put {self.name} before that")
 
+    def check_single(self) -> None:
+        """Raise PassError where a token is a square of patches, which what works inside the tower would tear apart."""
+        if self.side > 1:
+            raise PassError(
+                f"{self.name}: in the tower of {self.edit.program.info.family} a token is {self.side} x {self.side} "
+                f"patches, and {self.name} works on single ones; visionzip, prumerge and divprune work on tokens"
+            )
+
     @property
-    def cls(self) -> fx.Node:
-        """The CLS token's features: [I, 1, C]."""
+    def cls_kept(self) -> bool:
+        """Whether the CLS token could be a visual token: it is there, and not a part of one."""
+        return self.has_cls and self.side == 1
+
+    @property
+    def cls(self) -> fx.Node | None:
+        """The CLS token's features [I, 1, C], where it could be a token of its own."""
+        if not self.cls_kept:
+            return None
         whole: fx.Node = args_of(self.tokens)[0]
         return self.call(aten.slice.Tensor, whole, 1, 0, 1)
 
@@ -115,11 +145,16 @@ class Tower:
             raise PassError(f"{self.name}: the features come from no layer of the tower, so there is no attention")
 
     def next_layer(self) -> tuple[fx.Node, fx.Node, float]:
-        """The CLS token's query [I, 1, C] and all keys [I, 1 + N, C] in the layer behind the features, and the scale.
+        """Queries and keys [I, 1, n, C] in the layer behind the features, heads taken together, and the scale.
 
-        Heads are taken together. A tower that ends with the features gives those of its last layer.
+        Queries are CLS alone where there is one. A tower that ends with the features gives those of its last layer.
         """
-        query = self.heads()[0]
+        query, key, _ = self.heads()
+        if self.edit.program.info.family in SQUARES:
+            flat = [
+                self.call(aten.flatten.using_ints, self.call(aten.transpose.int, x, 1, 2), 2, 3) for x in (query, key)
+            ]
+            return *(self.call(aten.unsqueeze.default, x, 1) for x in flat), int(shape(flat[0])[2]) ** -0.5
         while query.target != aten.linear.default:
             query = args_of(query)[0]
         path = str(args_of(query)[1].target).removesuffix("self_attn.q_proj.weight")
@@ -135,11 +170,32 @@ class Tower:
         found = []
         for x, name in ((cls, "q_proj"), (hidden, "k_proj")):
             linear = [self.edit.weight(f"{behind}self_attn.{name}.{part}") for part in ("weight", "bias")]
-            found.append(self.call(aten.linear.default, x, *linear))
+            found.append(self.call(aten.unsqueeze.default, self.call(aten.linear.default, x, *linear), 1))
         return found[0], found[1], size**-0.5
 
-    def cls_row(self, query: fx.Node, key: fx.Node, scale: float) -> fx.Node:
-        """What the CLS token pays to each patch, summed over heads: fp32 [I, N]; only that one row is computed."""
+    def row(self, query: fx.Node, key: fx.Node, scale: float) -> fx.Node:
+        """How much attention each token gets: fp32 [I, N], of queries and keys [I, H, n, e].
+
+        What the CLS token pays, summed over heads: only that one row is computed. In a tower without CLS, what all
+        patches pay, their mean (VisionZip, arXiv 2412.04467, section 3.2, and its code for such towers).
+        """
+        row = self._cls_row(query, key, scale) if self.has_cls else self.call(ops.column_means, query, key, scale)
+        return self.by_token(row, aten.sum.dim_IntList)
+
+    def metric(self, key: fx.Node) -> fx.Node:
+        """Keys [I, n, e] of patches, CLS before them if there is one, as keys of tokens: [I, N, e]."""
+        patches = self.call(aten.slice.Tensor, key, 1, 1, END) if self.has_cls else key
+        return self.by_token(patches, aten.mean.dim)
+
+    def by_token(self, x: fx.Node, gather: object) -> fx.Node:
+        """Values of patches [I, n, ...] as values of tokens [I, N, ...]: gathered over each token's square."""
+        if self.side == 1:
+            return x
+        rows, columns = self.edit.program.info.grid
+        squares = self.call(aten.unflatten.int, x, 1, [rows, self.side, columns, self.side])
+        return self.call(aten.flatten.using_ints, self.call(gather, squares, [2, 4]), 1, 2)
+
+    def _cls_row(self, query: fx.Node, key: fx.Node, scale: float) -> fx.Node:
         cls = self.call(aten.slice.Tensor, query, 2, 0, 1)
         logits = self.call(aten.mul.Scalar, self.call(aten.matmul.default, cls, self._turned(key)), scale)
         row = self.call(aten.softmax.int, self.call(aten.to.dtype, logits, torch.float32), -1)
@@ -166,8 +222,23 @@ class Tower:
         return found if found is not None else self.call(ops.places, self.tokens)
 
     def left(self, scores: fx.Node) -> fx.Node:
-        """Scores of all N patches as scores of the tokens that are left."""
-        return scores if self.whole else self.call(ops.take_tokens, scores, self.places(), 1)
+        """Scores of all tokens that the tower gives as scores of those that are left.
+
+        PassError where one of them has no score: VisionZip's CLS token, and what is chosen of a resized image.
+        """
+        if self.whole:
+            return scores
+        calls = {n.target for n in self.edit.graph.nodes}
+        if self.cls_kept and ops.visionzip in calls:
+            raise PassError(
+                f"{self.name}: visionzip keeps the CLS token, which {self.name} has no score for; use one of the two, "
+                "or divprune behind visionzip"
+            )
+        if aten._upsample_bilinear2d_aa.default not in calls:
+            return self.call(ops.take_tokens, scores, self.places(), 1)
+        if shape(scores) != shape(self.tokens)[:2]:
+            raise PassError(f"{self.name}: a resized image was selected from before; put {self.name} before that")
+        return scores
 
     def keep(self, scores: fx.Node, keep: float) -> None:
         """The floor(keep * n) tokens with the highest scores [I, n] stay, in their old order."""

@@ -70,6 +70,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "tome": tower.tome,
     "join_tokens": tower.join_tokens,
     "received": tower.received,
+    "column_means": tower.column_means,
     "crossget": tower.crossget,
     "cls_curve": tower.cls_curve,
     "padded_keys": tower.padded_keys,

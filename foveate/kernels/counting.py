@@ -175,6 +175,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "weighted_attention": _weighted_attention,
     "tome": _tome,
     "received": _received,
+    "column_means": _received,
     "crossget": _crossget,
     "cls_curve": _cls_curve,
 }

@@ -371,6 +371,11 @@ def received(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> 
     return (matrix[:, :-1].mean(1) + matrix[:, -1]).float()
 
 
+def column_means(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """`foveate::column_means`, from the whole matrix."""
+    return (q.double() @ k.double().transpose(2, 3) * scale).softmax(-1).mean((1, 2)).float()
+
+
 def crossget(
     keys: Tensor, importance: Tensor, size: Tensor | None, source: Tensor, merge: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

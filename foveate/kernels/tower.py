@@ -40,15 +40,30 @@ def tome(keys: Tensor, size: Tensor | None, source: Tensor, merge: int, sort: bo
 
 @torch.no_grad()
 def received(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """`foveate::received`; every query attends to all keys, so a tile of rows has its softmax at once."""
+    """`foveate::received`."""
+    total, cross = _column_sums(q, k, scale, bias)
+    return (total - cross) / (q.shape[2] - 1) + cross
+
+
+@torch.no_grad()
+def column_means(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """`foveate::column_means`."""
+    return _column_sums(q, k, scale)[0] / q.shape[2]
+
+
+def _column_sums(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums over the rows of the attention matrix, mean over heads, and its last row: fp32 [I, n] each.
+
+    Every query attends to all keys, so a tile of rows has its softmax at once.
+    """
     images, _, count, _ = q.shape
     total = torch.zeros(images, count, dtype=torch.float32, device=q.device)
-    cross = total
+    last = total
     for rows in q.split(BLOCK, 2):
         logits = (rows @ k.transpose(2, 3)).float() * scale
         matrix = (logits if bias is None else logits + bias[:, None, None]).softmax(3).mean(1)
-        total, cross = total + matrix.sum(1), matrix[:, -1]
-    return (total - cross) / (count - 1) + cross
+        total, last = total + matrix.sum(1), matrix[:, -1]
+    return total, last
 
 
 @torch.no_grad()

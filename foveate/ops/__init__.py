@@ -43,7 +43,7 @@ from foveate.ops.library import BLOCK, FEW_QUERIES, LIBRARY, PAD
 from foveate.ops.relevance import determinant_scores, relevance
 from foveate.ops.selection import attention_row, grid_scores, places, random_scores, take_tokens, top_tokens
 from foveate.ops.statistics import activity, attention_statistics, divergence
-from foveate.ops.tower import cls_curve, crossget, join_tokens, padded_keys, received, tome
+from foveate.ops.tower import cls_curve, column_means, crossget, join_tokens, padded_keys, received, tome
 from foveate.ops.vision import ROUND, distinct_pairs, distinct_scores, diverse_scores, prumerge, visionzip
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "attention_with_sums",
     "cls_curve",
     "cluster_count",
+    "column_means",
     "cross_attention",
     "crossget",
     "dart_scores",

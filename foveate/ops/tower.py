@@ -51,6 +51,19 @@ def _received(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) ->
     return q.new_empty(q.shape[0], q.shape[2], dtype=torch.float32)
 
 
+LIBRARY.define("column_means(Tensor q, Tensor k, float scale) -> Tensor")
+column_means = torch.ops.foveate.column_means.default
+"""What each token gets of all tokens' attention, the mean over queries and heads: -> fp32 [I, n].
+
+q, k and scale as in `encoder_attention`. What stands for the row of CLS in a tower that has none (VisionZip, arXiv
+2412.04467, section 3.2). The matrix is computed in tiles of its rows."""
+
+
+@fake("column_means")
+def _column_means(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], dtype=torch.float32)
+
+
 LIBRARY.define(
     "crossget(Tensor keys, Tensor importance, Tensor? size, Tensor source, int merge)"
     " -> (Tensor, Tensor, Tensor, Tensor)"

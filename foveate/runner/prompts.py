@@ -77,6 +77,7 @@ class Streams:
     text: Stream
     image: Array
     feature: Array
+    order: Array
     origin: Array
     next_position: Array
     coords: Array
@@ -84,13 +85,12 @@ class Streams:
     def placed(self, order: Array) -> Array:
         """The places in the prompt that tokens [B, ..., k] stand for, `PAD` for none."""
         spare = order == PAD
-        flat = np.where(spare, 0, order).reshape(len(order), -1)
-        found = np.where(_take(self.image, flat), _take(self.origin, flat), flat)
+        found = _take(self.origin, np.where(spare, 0, order).reshape(len(order), -1))
         return np.where(spare, PAD, found.reshape(order.shape))
 
     def reaches(self) -> dict[str, Array]:
         """The last place that each token of a stream sees, int64 [B, n], where an image's tokens see each other."""
-        reach, streams = _reaches(self.image), {"visual": self.visual, "text": self.text}
+        reach, streams = _take(self.order, _reaches(self.image)), {"visual": self.visual, "text": self.text}
         return {f"{n}_reach": np.where(s.order == PAD, PAD, _take(reach, s.index)) for n, s in streams.items()}
 
 
@@ -117,43 +117,55 @@ def arrange(
     """
     _check(about, input_ids, attention_mask, position_ids, 0 if images is None else len(images.features))
     real = np.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask.astype(bool)
+    places = order = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
     image = input_ids == about.image_token_id
     count = np.maximum(np.cumsum(image) - 1, 0).reshape(image.shape)
     number, within = count // about.tokens_per_image, count % about.tokens_per_image
-    if images is not None and (images.source is not None or images.count is not None):
+    shorter = images is not None and (images.source is not None or images.count is not None)
+    if images is not None and shorter:
         kept = np.full(len(images.features), images.width) if images.count is None else images.count
         gone = image & (within >= kept[number])
         if position_ids is not None:
             position_ids = position_ids - np.cumsum(gone & real, 1)
         real = real & ~gone
+        order = _closed(real)
     if not real.any(1).all():
         row = int(real.any(1).argmin())
         raise InputError(f"row {row} of attention_mask is all zero: that prompt has no token to continue from")
-    places = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
     last = np.where(real, places, -1).max(1, keepdims=True)
     visual = image & real & (places != last)
     if position_ids is None:
         position_ids = np.maximum(np.cumsum(real, 1) - 1, 0)
     position_ids = np.broadcast_to(position_ids, input_ids.shape)
-    left = _stream(visual, position_ids, places, right=False)
-    right = _stream(real & ~visual, position_ids, places, right=True)
+    left = _stream(visual, position_ids, order, right=False)
+    right = _stream(real & ~visual, position_ids, order, right=True)
     feature, source = within, within
     if images is not None and images.width:
         feature = number * images.width + np.minimum(within, images.width - 1)
         source = within if images.source is None else images.source.reshape(-1)[feature]
-    origin = np.where(source < 0, PAD, places - within + source)
+    origin = places
+    if shorter:
+        seen = np.where(image, np.where(source < 0, PAD, places - within + source), places)
+        origin = np.zeros_like(seen)
+        np.add.at(origin, (np.arange(len(seen))[:, None], order), np.where(real, seen, 0))
     coords = _coords(about, _take(number, left.index), _take(source, left.index), left.order)
-    return Streams(left, right, image, feature, origin, _take(position_ids, last) + 1, coords)
+    return Streams(left, right, image, feature, order, origin, _take(position_ids, last) + 1, coords)
 
 
-def _stream(member: Array, position_ids: Array, places: Array, right: bool) -> Stream:
+def _closed(real: Array) -> Array:
+    """Orders without gaps; see `foveate.streams`."""
+    behind = np.cumsum(real[:, ::-1], 1)[:, ::-1] - real
+    return real.shape[1] - 1 - behind
+
+
+def _stream(member: Array, position_ids: Array, orders: Array, right: bool) -> Stream:
     """The members of each row in order, pushed to one side."""
     width = int(member.sum(1).max())
     index = (member if right else ~member).argsort(axis=1, kind="stable")
     index = index[:, index.shape[1] - width :] if right else index[:, :width]
     valid = _take(member, index)
     index = np.where(valid, index, 0)
-    order = np.where(valid, _take(places, index), PAD)
+    order = np.where(valid, _take(orders, index), PAD)
     return Stream(index, order, np.where(valid, _take(position_ids, index), 0))
 
 

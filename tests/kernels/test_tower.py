@@ -129,6 +129,10 @@ def test_received_is_read_off_the_whole_matrix(count: int, biased: bool) -> None
     found = tower.received(q, k, SCALE, bias)
     torch.testing.assert_close(found, reference.received(q, k, SCALE, bias))
     torch.testing.assert_close(found.sum(1), torch.full((2,), 2.0))
+    if not biased:
+        found = tower.column_means(q, k, SCALE)
+        torch.testing.assert_close(found, reference.column_means(q, k, SCALE))
+        torch.testing.assert_close(found.sum(1), torch.ones(2))
 
 
 MODES = st.sampled_from(["expand", "literal", "floor_add"])
@@ -175,6 +179,7 @@ def test_fakes() -> None:
     importance = drawn((2, 12), 2)
     torch.library.opcheck(ops.crossget, (keys, importance, None, source, 4), test_utils=CHECKS)
     torch.library.opcheck(ops.received, (keys, keys, 0.5, importance), test_utils=CHECKS)
+    torch.library.opcheck(ops.column_means, (keys, keys, 0.5), test_utils=CHECKS)
     torch.library.opcheck(ops.cls_curve, (drawn((2, 12, 5), 1), 0.075, "expand"), test_utils=CHECKS)
     torch.library.opcheck(ops.padded_keys, (drawn((2, 4, 5), 1), torch.tensor([1, 3])), test_utils=CHECKS)
     q = drawn((2, 4, 5, SIZE), 3)
@@ -189,7 +194,8 @@ def test_flops_are_those_that_torch_counts(count: int) -> None:
     assert counter.get_total_flops() == counting.FLOPS["tome"](keys)
     with FlopCounterMode(display=False) as counter:
         tower.received(keys, keys, SCALE)
-    assert counter.get_total_flops() == counting.FLOPS["received"](keys)
+        tower.column_means(keys, keys, SCALE)
+    assert counter.get_total_flops() == counting.FLOPS["received"](keys) + counting.FLOPS["column_means"](keys)
     if count >= 4:
         with FlopCounterMode(display=False) as counter:
             tower.crossget(keys, drawn((2, count), 1), None, source, 2)

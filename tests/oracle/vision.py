@@ -184,8 +184,11 @@ class Short:
     places: list[list[int | None]]
 
 
-def shorten(model: Any, inputs: Mapping[str, Tensor], tokens: list[Tokens]) -> Short:
-    """Remove the image tokens that are not needed any more from the prompts."""
+def shorten(model: Any, inputs: Mapping[str, Tensor], tokens: list[Tokens], per_image: int = 0) -> Short:
+    """Remove the image tokens that are not needed any more from the prompts.
+
+    per_image: how many an image has; as many as the tower has patches where not given.
+    """
     ids = inputs["input_ids"]
     attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     remaining = iter(tokens)
@@ -194,8 +197,9 @@ def shorten(model: Any, inputs: Mapping[str, Tensor], tokens: list[Tokens]) -> S
     for row, real in zip(ids, attended, strict=True):
         kept: list[int | None] = []
         whole = [j for j in range(len(row)) if row[j] == model.config.image_token_id]
-        size = model.config.vision_config.image_size // model.config.vision_config.patch_size
-        starts = set(whole[:: size * size])
+        if not per_image:
+            per_image = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
+        starts = set(whole[::per_image])
         for j in real.nonzero()[:, 0].tolist():
             if j in starts:
                 kept += [None if place < 0 else j + place for place in next(remaining).source]

@@ -27,7 +27,7 @@ from foveate.passes import (
     VisPruner,
 )
 from foveate.passes.pipeline import apply_pipeline
-from tests.models.tiny import internvl, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
+from tests.models.tiny import llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from tests.oracle import vision
 from tests.oracle.masked import masked_forward
 from tests.oracle.masks import Masks, Neighbors, Prune
@@ -114,6 +114,30 @@ def test_a_second_row_is_that_of_the_tokens_left(gqa: Any) -> None:
         once = optimize(gqa, [FasterVLM(0.375)])(**inputs)
     assert torch.equal(twice.kept[0], once.kept[0])
     torch.testing.assert_close(twice.logits, once.logits)
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        (
+            "visionzip{dominant=5,contextual=3},fastervlm{keep=0.5}",
+            "visionzip keeps the CLS token, which fastervlm has",
+        ),
+        ("visionzip{dominant=12,contextual=4},vispruner{keep=0.5}", "or divprune behind visionzip"),
+        ("resize{grid=3},fastervlm{keep=0.7},fastervlm{keep=0.7}", "a resized image was selected from before"),
+    ],
+)
+def test_a_row_has_no_scores_for_what_is_no_patch(gqa: Any, passes: str, message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        optimize(gqa, passes)
+
+
+def test_the_row_of_a_smaller_image(gqa: Any) -> None:
+    inputs = random_inputs(gqa, seed=5)
+    with torch.inference_mode():
+        whole, half = (optimize(gqa, f"resize{{grid=3}}{more}")(**inputs) for more in ("", ",fastervlm{keep=0.7}"))
+    assert set(half.kept[0].flatten().tolist()) < set(whole.kept[0].flatten().tolist())
+    assert half.kept[0].shape[1] == 6
 
 
 def test_a_smaller_image(gqa: Any) -> None:
@@ -272,7 +296,6 @@ TOWERS = [
     (qwen2_vl, "it has no CLS token"),
     (qwen2_5_vl, "it has no CLS token"),
     (qwen3_vl, "features of several depths"),
-    (internvl, "four of the patches"),
     (llava_next, "rows of several tiles stand side by side"),
     (llava_onevision, "it has no CLS token, and shrinks images"),
 ]

@@ -67,9 +67,8 @@ def test_streams_are_those_of_torch(seed: int) -> None:
         for part in ("index", "order", "position_ids"):
             a, b = getattr(getattr(expected, name), part), getattr(getattr(found, name), part)
             assert np.array_equal(a.numpy(), b), (name, part)
-    for name in ("feature", "origin"):
-        assert np.array_equal(getattr(expected, name)[image].numpy(), getattr(found, name)[image.numpy()]), name
-    for name in ("image", "next_position", "coords"):
+    assert np.array_equal(expected.feature[image].numpy(), found.feature[image.numpy()])
+    for name in ("image", "order", "origin", "next_position", "coords"):
         assert np.array_equal(getattr(expected, name).numpy(), getattr(found, name)), name
 
 

@@ -99,6 +99,18 @@ def _crossget(emit: Emitter, node: fx.Node) -> Matched:
 
 
 def _received(emit: Emitter, node: fx.Node) -> str:
+    total, cross, count = _column_sums(emit, node)
+    mean = emit.op("Div", emit.op("Sub", total, cross), emit.constant(float(count - 1)))
+    return str(emit.op("Add", mean, cross))
+
+
+def _column_means(emit: Emitter, node: fx.Node) -> str:
+    total, _, count = _column_sums(emit, node)
+    return str(emit.op("Div", total, emit.constant(float(count))))
+
+
+def _column_sums(emit: Emitter, node: fx.Node) -> tuple[str, str, int]:
+    """Sums over the rows of an attention matrix, mean over heads; its last row; and how many rows there are."""
     q, k, scale, *bias = args_of(node)
     count = fixed(emit, node, q, 2)
     queries, turned = emit.value(q), emit.op("Transpose", emit.value(k), perm=[0, 1, 3, 2])
@@ -114,8 +126,7 @@ def _received(emit: Emitter, node: fx.Node) -> str:
         summed = emit.op("ReduceSum", matrix, emit.constant([1]), keepdims=0)
         total = emit.op("Add", total, summed) if total else summed
         cross = emit.op("Gather", matrix, emit.constant(stop - start - 1), axis=1)
-    mean = emit.op("Div", emit.op("Sub", total, cross), emit.constant(float(count - 1)))
-    return str(emit.op("Add", mean, cross))
+    return total, cross, count
 
 
 def _join_tokens(emit: Emitter, node: fx.Node) -> str:
@@ -189,6 +200,7 @@ WRITERS: dict[Any, Writer] = {
     ops.tome: _tome,
     ops.crossget: _crossget,
     ops.received: _received,
+    ops.column_means: _column_means,
     ops.join_tokens: _join_tokens,
     ops.cls_curve: _cls_curve,
     ops.padded_keys: _padded_keys,

@@ -349,6 +349,7 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.mean_token: _mean,
     ops.tome: _tome,
     ops.received: _received,
+    ops.column_means: _received,
     ops.crossget: _crossget,
     ops.cls_curve: _cls_curve,
 }

@@ -4,7 +4,8 @@
     projector reads features [I, N]     s = row of the CLS token in the last layer that features come from
                                         projector reads features [I, floor(keep * N)], best s, old order
 
-FasterVLM (arXiv 2412.01818, section 3.2): heads weigh the same, positions are numbered anew.
+FasterVLM (arXiv 2412.01818, section 3.2): heads weigh the same, positions are numbered anew. In a tower without CLS, s
+is what all patches pay, their mean.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class FasterVLM(VisionSelection):
     source: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
 
     def scores(self, tower: Tower) -> fx.Node:
-        """The CLS row."""
-        return tower.left(tower.cls_row(*tower.heads()))
+        """The row."""
+        return tower.left(tower.row(*tower.heads()))
 
     def how(self) -> str:
         """By the row."""
-        return "those that the CLS token looks at most"
+        return "those that get most of the tower's attention"

@@ -6,7 +6,8 @@
                                         projector reads kept + sum of a * their 32 most alike, and sum of a * the rest
 
 PruMerge and PruMerge+ (arXiv 2403.15388, section 3), as its code does them: queries and keys are those of the layer
-that follows the features, weights are not normalised, and tokens stand in the order of their score.
+that follows the features, weights are not normalised, and tokens stand in the order of their score. In a tower without
+CLS, its row is what all patches pay, their mean.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import ClassVar
 from foveate import ops
 from foveate.errors import PassError
 from foveate.ir.rewriter import Rewriter
-from foveate.ir.tail import END
 from foveate.ir.vision import Tower, aten
 from foveate.passes.base import Pass, whole
 from foveate.passes.select.vision import kept_text
@@ -54,11 +54,9 @@ class PruMerge(Pass):
             raise PassError(f"{self.name}: keep={self.keep} leaves an image no token, not even the one for the rest")
         with edit.before(tower.end):
             query, key, scale = tower.next_layer()
-            heads = [tower.call(aten.unsqueeze.default, x, 1) for x in (query, key)]
-            row = tower.cls_row(heads[0], heads[1], scale)
-            metric = tower.call(aten.slice.Tensor, key, 1, 1, END)
+            metric = tower.metric(tower.call(aten.select.int, key, 1, 0))
             keep = None if self.keep is None else float(self.keep)
-            chosen = tower.call(ops.prumerge, row, metric, keep, self.plus, self.neighbors)
+            chosen = tower.call(ops.prumerge, tower.row(query, key, scale), metric, keep, self.plus, self.neighbors)
             weights, source, count = (edit.item(chosen, place, tower.about()) for place in range(3))
             tower.merge(weights, source, count if keep is None else None)
         many = "as many visual tokens as stand out" if keep is None else f"{kept_text(edit)} visual tokens an image"

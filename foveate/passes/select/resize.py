@@ -37,6 +37,7 @@ class Resize(Pass):
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         tower = Tower(edit, self.name)
+        tower.check_single()
         tower.check_whole()
         height, width = edit.program.info.grid
         self.require(self.grid <= min(height, width), "grid", f"1 to {min(height, width)}, the tower's own")

@@ -6,7 +6,8 @@
                                         projector reads dominant, contextual
 
 VisionZip (arXiv 2412.04467, section 3.2; the sum is that of its code). Likeness is the cosine of keys, mean over heads,
-in the layer that the features come from; positions are numbered anew.
+in the layer that the features come from; positions are numbered anew. In a tower without CLS, its row is what all
+patches pay, their mean. A CLS token that is no token of its own, as where tokens are squares of patches, is not kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import ClassVar
 from foveate import ops
 from foveate.errors import PassError
 from foveate.ir.rewriter import Rewriter
-from foveate.ir.tail import END
 from foveate.ir.vision import Tower, aten
 from foveate.passes.base import Pass, count_of
 from foveate.passes.select.vision import kept_text
@@ -26,7 +26,7 @@ from foveate.passes.select.vision import kept_text
 
 @dataclass(frozen=True)
 class VisionZip(Pass):
-    """An image becomes `dominant` tokens, the CLS token among them, and `contextual` ones.
+    """An image becomes `dominant` tokens, the CLS token among them if it can be one, and `contextual` ones.
 
     Both: a number, or a share of an image's tokens. The paper's pairs are 54 and 10, 108 and 20, 162 and 30.
     """
@@ -51,12 +51,15 @@ class VisionZip(Pass):
         if dominant < 1 or dominant + contextual > whole:
             raise PassError(
                 f"{self.name}: dominant={dominant} and contextual={contextual} do not fit an image of {whole} tokens: "
-                f"dominant is at least 1, the CLS token; together they are at most {whole}"
+                f"dominant is at least 1; together they are at most {whole}"
             )
         with edit.before(tower.end):
             query, key, scale = tower.heads()
-            patches = tower.call(aten.slice.Tensor, tower.call(aten.mean.dim, key, [1]), 1, 1, END)
-            chosen = tower.call(ops.visionzip, tower.cls_row(query, key, scale), patches, dominant - 1, contextual)
+            metric = tower.metric(tower.call(aten.mean.dim, key, [1]))
+            first = tower.cls
+            chosen = tower.call(
+                ops.visionzip, tower.row(query, key, scale), metric, dominant - (first is not None), contextual
+            )
             weights, source = (edit.item(chosen, place, tower.about()) for place in (0, 1))
-            tower.merge(weights, source, first=tower.cls)
+            tower.merge(weights, source, first=first)
         yield f"in the vision tower: {kept_text(edit)} visual tokens an image go to the decoder, {contextual} merged"

@@ -4,7 +4,8 @@
     projector reads features [I, N]     s = 1 for half of the tokens by the CLS row, and for what is left of the others
                                         when the most alike have gone, 8 a round; projector reads those [I, keep * N]
 
-VisPruner (arXiv 2412.01818, section 3; rounds of 8 as in its code). Positions are numbered anew.
+VisPruner (arXiv 2412.01818, section 3; rounds of 8 as in its code). Positions are numbered anew. In a
+tower without CLS, its row is what all patches pay, their mean.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class VisPruner(VisionSelection):
 
     def scores(self, tower: Tower) -> fx.Node:
         """The row, and likeness."""
-        row = tower.left(tower.cls_row(*tower.heads()))
+        row = tower.left(tower.row(*tower.heads()))
         return tower.call(ops.distinct_scores, row, tower.tokens, float(self.keep), float(self.important))
 
     def how(self) -> str:
         """By both."""
-        return "by the CLS token's attention and by difference"
+        return "by the tower's attention and by difference"
