@@ -154,8 +154,8 @@ def arrange(
 
 def _closed(real: Array) -> Array:
     """Orders without gaps; see `foveate.streams`."""
-    behind = np.cumsum(real[:, ::-1], 1)[:, ::-1] - real
-    return real.shape[1] - 1 - behind
+    behind: Array = np.cumsum(real[:, ::-1], 1)[:, ::-1] - real
+    return np.asarray(real.shape[1] - 1 - behind)
 
 
 def _stream(member: Array, position_ids: Array, orders: Array, right: bool) -> Stream:
