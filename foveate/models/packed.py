@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,13 @@ Block = tuple[Sequence[int], int, int]
 class Packed(Family):
     """A family with packed patches; what a subclass has to add is `vision` and `describe`."""
 
-    takes = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
+    takes: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_grid_thw",
+        "pixel_values_videos",
+        "video_grid_thw",
+        "mm_token_type_ids",
+    )
     """The last tells what the ids tell too."""
     position_axes = (3,)
 

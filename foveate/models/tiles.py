@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from foveate.models.recording import Inputs, Size
 class Tiles(Family):
     """A family with pixels [images, channels, height, width]; what a subclass has to add is `vision` and `describe`."""
 
-    takes = ("pixel_values",)
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def vision_inputs(self, info: ModelInfo, size: Size) -> Inputs:
         """The pixels alone."""
