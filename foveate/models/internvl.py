@@ -1,4 +1,4 @@
-"""InternVL: an InternViT tower over tiles, pixel unshuffling, an MLP projector, and a Llama, Qwen2 or Phi-3 decoder."""
+"""InternVL: an InternViT tower over tiles, pixel unshuffling, an MLP; a Llama, Qwen2, Qwen3 or Phi-3 decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foveate.models.decoder import FUSED_ROLES, ROLES, common
 from foveate.models.recording import Wrapper
 from foveate.models.tiles import Tiles
 
-DECODERS = {"llama": ROLES, "phi3": FUSED_ROLES, "qwen2": ROLES}
+DECODERS = {"llama": ROLES, "phi3": FUSED_ROLES, "qwen2": ROLES, "qwen3": ROLES}
 """Decoders that are known, and what each calls its linears."""
 
 
