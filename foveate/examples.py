@@ -60,7 +60,7 @@ def model_inputs(model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
     """What a model takes of what its processor made, on its device and in its dtype."""
     from foveate.models.registry import FAMILIES  # which needs torch, as opening images does not
 
-    takes = (*TEXT, *FAMILIES[model.config.model_type].GIVEN)
+    takes = (*TEXT, *FAMILIES[model.config.model_type].takes)
     taken = {name: made[name].to(model.device) for name in takes if name in made}
     return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in taken.items()}
 

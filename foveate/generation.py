@@ -109,4 +109,4 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
 
     def _given(self) -> tuple[str, ...]:
         """Names of what belongs to the images of a prompt."""
-        return (*FAMILIES[self.program.info.family].GIVEN, "questions")
+        return (*FAMILIES[self.program.info.family].takes, "questions")

@@ -202,7 +202,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         steps = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
         order = steps + cache.seen
         assert cache.next_position is not None  # a filled cache has it
-        axes = FAMILIES[self.program.info.family].POSITION_AXES
+        axes = FAMILIES[self.program.info.family].position_axes
         inputs = {
             "text": embed(self.program, input_ids),
             "text_position_ids": (steps + cache.next_position).expand(*axes, -1, -1),

@@ -36,7 +36,7 @@ class Prompts:
     @classmethod
     def of(cls, program: Program, made: Mapping[str, Any]) -> Prompts:
         """From what a processor made; InputError for what no prompt of this family has."""
-        takes = FAMILIES[program.info.family].GIVEN
+        takes = FAMILIES[program.info.family].takes
         there = {name: value for name, value in made.items() if value is not None}
         unknown = sorted(set(there) - {*TEXT, "questions", *takes})
         if unknown:
@@ -71,7 +71,7 @@ def prepare(program: Program, run: Mapping[str, Runner], prompts: Prompts, label
     """Run the tower over the images of a batch, and take its prompts apart; InputError where they do not fit."""
     about, ids = program.info, prompts.input_ids
     family = FAMILIES[about.family]
-    check_prompts(ids, prompts.attention_mask, prompts.position_ids, family.POSITION_AXES)
+    check_prompts(ids, prompts.attention_mask, prompts.position_ids, family.position_axes)
     image = about.visual(ids)
     _check_types(prompts, image)
     out = _seen(program, run, prompts.given)

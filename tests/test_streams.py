@@ -15,7 +15,7 @@ from foveate import streams as taken_apart
 from foveate.errors import InputError
 from foveate.ir.layout import NOWHERE
 from foveate.ir.program import ModelInfo
-from foveate.models import tiles
+from foveate.models.registry import FAMILIES
 from foveate.ops import PAD
 from foveate.streams import Stream, Streams
 
@@ -66,7 +66,7 @@ def seen(
     taken_apart.check_prompts(input_ids, attention_mask, position_ids)
     image = info.visual(input_ids)
     given = {} if out is None else {"pixel_values": torch.empty(len(out["out"]), 0)}
-    layout = tiles.layout(info, given, input_ids[image], out)
+    layout = FAMILIES["llava"].layout(info, given, input_ids[image], out)
     mask, positions = taken_apart.shorten(input_ids, image, layout, attention_mask, position_ids)
     return taken_apart.arrange(input_ids, image, layout, mask, positions, asked)
 

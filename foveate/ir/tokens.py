@@ -35,13 +35,14 @@ def token_axes(graph: fx.Graph, inputs: dict[str, int]) -> Axes:
     Raises TraceError naming the node, its layer and module, and the op, where tokens are mixed.
     """
     axes: Axes = {}
+    counts: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             axes[node] = inputs.get(node.name)
         elif node.op == "get_attr":
             axes[node] = None
         elif node.op == "call_function":
-            axes[node] = _axis(node, axes)
+            axes[node] = _axis(node, axes, counts)
     return axes
 
 
@@ -53,8 +54,15 @@ def takes_last(node: fx.Node, axes: Axes) -> bool:
     return axes.get(source) == dim and bool(start == -1)
 
 
-def _axis(node: fx.Node, axes: Axes) -> int | None:
-    if all(axes.get(n) is None for n in node.all_input_nodes):
+def _axis(node: fx.Node, axes: Axes, counts: set[fx.Node]) -> int | None:
+    """The token axis of a node; one that counts the tokens is put into `counts`, and refused where it is used."""
+    counted = not counts.isdisjoint(node.all_input_nodes)
+    if all(axes.get(n) is None for n in node.all_input_nodes) and not counted:
+        return None
+    if node.target == aten.sym_size.int:
+        source, dim = args_of(node)
+        if dim % _dims(source) == axes[source]:
+            counts.add(node)
         return None
     rule = RULES.get(node.target)
     about = info(node)
@@ -62,6 +70,8 @@ def _axis(node: fx.Node, axes: Axes) -> int | None:
     if rule is None:
         raise TraceError(f"{place} is not known to keep tokens apart")
     try:
+        if counted:
+            raise _MixesError("it depends on how many tokens there are")
         return rule(node, axes)
     except _MixesError as reason:
         raise TraceError(f"{place} mixes tokens: {reason}") from None
@@ -199,13 +209,6 @@ def _matmul(node: fx.Node, axes: Axes) -> int | None:
     raise _MixesError("it contracts the token axis or multiplies tokens by tokens")
 
 
-def _size(node: fx.Node, axes: Axes) -> int | None:
-    axis, rank = _first(node, axes)
-    if args_of(node)[1] % rank == axis:
-        raise _MixesError("it counts the tokens")
-    return None
-
-
 def _attention(node: fx.Node, axes: Axes) -> int | None:
     return 1
 
@@ -256,7 +259,6 @@ RULES: dict[Any, Rule] = {
     aten.layer_norm.default: _norm,
     aten.cat.default: _cat,
     aten.matmul.default: _matmul,
-    aten.sym_size.int: _size,
     ops.attention: _attention,
     ops.neighbor_attention: _attention,
     ops.attention_row: _scores,

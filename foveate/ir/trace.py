@@ -23,6 +23,8 @@ from foveate.ir.attention import Attention
 from foveate.ir.canonical import canonical, unfuse
 from foveate.ir.program import NodeInfo, Program
 from foveate.ir.rewriter import Rewriter, map_arg
+from foveate.ir.select import token_inputs
+from foveate.ir.tokens import token_axes
 
 # Towers that take all images in one packed sequence hand over its bounds only to what is named after flash attention.
 _TRACE_NAME = "foveate_flash"
@@ -114,9 +116,17 @@ def import_graph(
     sequence] is added and attention becomes `foveate::attention`; otherwise `foveate::encoder_attention`. With `reach`,
     so is an input of that name: the order of the last key that each token sees.
     The graph returns `{"out": value, "kv": [[None, None, k, v] a layer]}` (`kv` only when causal); a second value of
-    the recording, if there is one, is `deepstack`.
+    the recording, if there is one, is `deepstack`. Raises TraceError for an op that cannot be imported, or for one
+    before it that mixes tokens.
     """
-    return _Importer(program, exported, layers, names, causal, reach).run(exported.graph.nodes, inputs)
+    importer = _Importer(program, exported, layers, names, causal, reach)
+    try:
+        return importer.run(exported.graph.nodes, inputs)
+    except TraceError:
+        if causal:
+            # Where tokens are mixed, as by linear attention, what cannot be imported is often a consequence.
+            token_axes(importer.edit.graph, token_inputs(importer.edit.graph))
+        raise
 
 
 class _Importer:

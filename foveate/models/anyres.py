@@ -20,7 +20,7 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import llava
-from foveate.models.tiles import Given
+from foveate.models.family import Given
 
 NEWLINE = -1
 """What stands for a newline where patches are numbered."""

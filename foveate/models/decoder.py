@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
-from foveate.models.recording import Inputs, Size
+from foveate.models.recording import Inputs, Size, Wrapper
 
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 """Rotary embeddings whose frequencies do not depend on the prompt's length."""
@@ -35,17 +36,13 @@ FUSED_ROLES = {
 """The same where one weight holds q, k and v, and one holds gate and up; see `foveate.ir.canonical.unfuse`."""
 
 
-class Decoder(nn.Module):
+class Decoder(Wrapper):
     """Embeddings [B, S, hidden size] and positions [..., B, S] to logits [B, 1, V] of the token after the last.
 
     inside: what the model calls its decoder.
     """
 
     inside = "language_model"
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """Decoder layers, final norm, head."""
@@ -56,11 +53,12 @@ class Decoder(nn.Module):
         return logits
 
 
-def sizes(text: Any) -> dict[str, int]:
-    """Sizes of a decoder with this configuration, as `ModelInfo` names them.
+def common(config: Any, roles: Mapping[str, str] = ROLES, paths: Mapping[str, str] = PATHS) -> dict[str, Any]:
+    """What `ModelInfo` has in common for all models with such a configuration: sizes of the decoder, names of weights.
 
     Raises UnsupportedModelError for rotary embeddings that depend on the prompt's length.
     """
+    text = config.text_config
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STATIC_ROPE:
         raise UnsupportedModelError(
@@ -73,6 +71,10 @@ def sizes(text: Any) -> dict[str, int]:
         "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,
+        "image_token_id": config.image_token_id,
+        "paths": dict(paths),
+        "roles": dict(roles),
+        "config": config.to_dict(),
     }
 
 

@@ -9,55 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
-from foveate.models import decoder, tiles
-from foveate.models.tiles import (
-    POSITION_AXES,
-    Given,
-    layout,
-    pictures,
-    positions,
-    sample,
-    tower_layers,
-    vision_given,
-    vision_inputs,
-)
-
-__all__ = [
-    "GIVEN",
-    "POSITION_AXES",
-    "WHOLE_IMAGES",
-    "Decoder",
-    "Vision",
-    "describe",
-    "images_in",
-    "layout",
-    "pictures",
-    "positions",
-    "sample",
-    "tower_layers",
-    "vision_given",
-    "vision_inputs",
-]
-
-GIVEN = ("pixel_values", "token_type_ids")
-"""The second says which tokens are an image's, as the ids do; without it images are seen whole all the same."""
-
-WHOLE_IMAGES = True
-"""An image's tokens see each other, those behind them too; and layers may see a window only."""
+from foveate.models.decoder import STATIC_ROPE, common
+from foveate.models.family import Given
+from foveate.models.recording import Wrapper
+from foveate.models.tiles import Tiles
 
 KINDS = {"full_attention", "sliding_attention"}
 
 
-class Vision(nn.Module):
+class Vision(Wrapper):
     """Images [I, C, height, width] to visual embeddings [I, tokens per image, hidden size]."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Tower without its head, mean of each square of patches, norm, projection."""
@@ -73,15 +38,11 @@ class Vision(nn.Module):
         return features
 
 
-class Decoder(nn.Module):
+class Decoder(Wrapper):
     """Embeddings [B, S, hidden size] and positions [B, S] to logits [B, 1, V] of the token after the last.
 
     Layer by layer, because the model's own call makes masks of S x S, and its rotary embeddings in no certain order.
     """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """Decoder layers, final norm, head."""
@@ -95,57 +56,63 @@ class Decoder(nn.Module):
         return logits
 
 
-def describe(config: Any) -> ModelInfo:
-    """Sizes and names of a Gemma 3 with this configuration.
+class Gemma3(Tiles):
+    """Gemma 3, whose images are seen whole."""
 
-    Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported, for text that is not
-    causal, and for capped logits.
-    """
-    text, vision = config.text_config, config.vision_config
-    if vision.model_type != "siglip_vision_model":
-        raise UnsupportedModelError(
-            f"vision tower {vision.model_type!r} is not supported in a Gemma 3; siglip_vision_model is"
-        )
-    if text.model_type != "gemma3_text":
-        raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in a Gemma 3; gemma3_text is")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(text, name, None):
-            raise UnsupportedModelError(f"{name} {getattr(text, name)!r} is not supported in a Gemma 3; leave it out")
-    kinds = set(text.layer_types)
-    if kinds - KINDS or ("sliding_attention" in kinds and not isinstance(text.sliding_window, int)):
-        raise UnsupportedModelError(
-            f"layers {', '.join(sorted(kinds))} with sliding_window {text.sliding_window!r} are not supported in a "
-            f"Gemma 3; {' and '.join(sorted(KINDS))}, with a number of tokens, are"
-        )
-    ropes = {kind: (text.rope_parameters[kind] or {}).get("rope_type", "default") for kind in sorted(kinds)}
-    for kind, rope in ropes.items():
-        if rope not in decoder.STATIC_ROPE:
+    vision = Vision
+    decoder = Decoder
+    takes = ("pixel_values", "token_type_ids")
+    """The second says which tokens are an image's, as the ids do; without it images are seen whole all the same."""
+    whole_images = True
+
+    def describe(self, config: Any) -> ModelInfo:
+        """Sizes and names of a Gemma 3 with this configuration.
+
+        Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported, for text that is
+        not causal, and for capped logits.
+        """
+        text, vision = config.text_config, config.vision_config
+        if vision.model_type != "siglip_vision_model":
             raise UnsupportedModelError(
-                f"rotary embedding {rope!r} ({kind}) depends on the prompt's length; supported: "
-                f"{', '.join(sorted(decoder.STATIC_ROPE))}"
+                f"vision tower {vision.model_type!r} is not supported in a Gemma 3; siglip_vision_model is"
             )
-    patches, side = vision.image_size // vision.patch_size, int(config.mm_tokens_per_image**0.5)
-    if side**2 != config.mm_tokens_per_image or patches % side:
-        raise UnsupportedModelError(
-            f"{patches} x {patches} patches cannot be averaged to {config.mm_tokens_per_image} tokens; they must be a "
-            "square whose side divides that of the patches"
+        if text.model_type != "gemma3_text":
+            raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in a Gemma 3; gemma3_text is")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+            if getattr(text, name, None):
+                raise UnsupportedModelError(
+                    f"{name} {getattr(text, name)!r} is not supported in a Gemma 3; leave it out"
+                )
+        kinds = set(text.layer_types)
+        if kinds - KINDS or ("sliding_attention" in kinds and not isinstance(text.sliding_window, int)):
+            raise UnsupportedModelError(
+                f"layers {', '.join(sorted(kinds))} with sliding_window {text.sliding_window!r} are not supported in a "
+                f"Gemma 3; {' and '.join(sorted(KINDS))}, with a number of tokens, are"
+            )
+        ropes = {kind: (text.rope_parameters[kind] or {}).get("rope_type", "default") for kind in sorted(kinds)}
+        for kind, rope in ropes.items():
+            if rope not in STATIC_ROPE:
+                raise UnsupportedModelError(
+                    f"rotary embedding {rope!r} ({kind}) depends on the prompt's length; supported: "
+                    f"{', '.join(sorted(STATIC_ROPE))}"
+                )
+        patches, side = vision.image_size // vision.patch_size, int(config.mm_tokens_per_image**0.5)
+        if side**2 != config.mm_tokens_per_image or patches % side:
+            raise UnsupportedModelError(
+                f"{patches} x {patches} patches cannot be averaged to {config.mm_tokens_per_image} tokens; they must "
+                "be a square whose side divides that of the patches"
+            )
+        return ModelInfo(
+            family="gemma3",
+            **common(config),
+            grid=(side, side),
+            image_size=(vision.num_channels, vision.image_size, vision.image_size),
+            uniform=True,
+            embed_scale=text.hidden_size**0.5,
+            norm_offset=1.0,
         )
-    return ModelInfo(
-        family="gemma3",
-        **decoder.sizes(text),
-        image_token_id=config.image_token_id,
-        grid=(side, side),
-        image_size=(vision.num_channels, vision.image_size, vision.image_size),
-        paths=dict(decoder.PATHS),
-        roles=dict(decoder.ROLES),
-        config=config.to_dict(),
-        uniform=True,
-        embed_scale=text.hidden_size**0.5,
-        norm_offset=1.0,
-    )
 
-
-def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
-    """How many rows of what is given belong to each prompt of ids [B, S], by name."""
-    counts = tiles.images_in(info, given, ids)
-    return {**counts, "token_type_ids": [1] * len(ids)} if "token_type_ids" in given else counts
+    def images_in(self, info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
+        """As many as the prompt has tokens for; of the types one."""
+        counts = super().images_in(info, given, ids)
+        return {**counts, "token_type_ids": [1] * len(ids)} if "token_type_ids" in given else counts

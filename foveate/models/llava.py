@@ -5,46 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
-from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
-from foveate.models.tiles import (
-    GIVEN,
-    POSITION_AXES,
-    images_in,
-    layout,
-    pictures,
-    positions,
-    sample,
-    vision_given,
-    vision_inputs,
-)
-
-__all__ = [
-    "GIVEN",
-    "POSITION_AXES",
-    "Decoder",
-    "Vision",
-    "describe",
-    "images_in",
-    "layout",
-    "pictures",
-    "positions",
-    "sample",
-    "tower_layers",
-    "vision_given",
-    "vision_inputs",
-]
+from foveate.models.decoder import common
+from foveate.models.recording import Wrapper
+from foveate.models.tiles import Tiles
 
 
-class Vision(nn.Module):
+class Vision(Wrapper):
     """Pixels [I, C, height, width] to visual embeddings [I, tokens per image, hidden size]."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Tower, feature layer, projector."""
@@ -59,44 +30,44 @@ class Vision(nn.Module):
         return features
 
 
-def describe(config: Any) -> ModelInfo:
-    """Sizes and names of a LLaVA with this configuration.
+class Llava(Tiles):
+    """LLaVA 1.5, with one image size; what it has in common with the LLaVAs after it."""
 
-    Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported.
-    """
-    text, vision = config.text_config, config.vision_config
-    if vision.model_type != "clip_vision_model":
-        raise UnsupportedModelError(
-            f"vision tower {vision.model_type!r} is not supported in a LLaVA; a CLIP tower (clip_vision_model) is"
-        )
-    if text.model_type != "llama":
-        raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in a LLaVA; llama is")
-    if config.vision_feature_select_strategy not in ("default", "full"):
-        raise UnsupportedModelError(
-            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}: use 'default'"
-        )
-    if config.vision_feature_select_strategy == "full":
-        raise UnsupportedModelError(
-            "vision_feature_select_strategy 'full' keeps the CLS token, which has no place in"
-            " the grid of visual tokens; use 'default'"
-        )
-    side = vision.image_size // vision.patch_size
-    return ModelInfo(
-        family="llava",
-        **sizes(text),
-        image_token_id=config.image_token_id,
-        grid=(side, side),
-        image_size=(vision.num_channels, vision.image_size, vision.image_size),
-        paths=dict(PATHS),
-        roles=dict(ROLES),
-        config=config.to_dict(),
-        uniform=True,
-    )
+    vision = Vision
 
+    def describe(self, config: Any) -> ModelInfo:
+        """Sizes and names of a LLaVA with this configuration.
 
-def tower_layers(model: Any) -> int:
-    """How many tower layers the features need, at most."""
-    layers = model.config.vision_feature_layer
-    count = model.config.vision_config.num_hidden_layers
-    deepest = max(i % (count + 1) for i in ([layers] if isinstance(layers, int) else layers))
-    return int(deepest)
+        Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported.
+        """
+        text, vision = config.text_config, config.vision_config
+        if vision.model_type != "clip_vision_model":
+            raise UnsupportedModelError(
+                f"vision tower {vision.model_type!r} is not supported in a LLaVA; a CLIP tower (clip_vision_model) is"
+            )
+        if text.model_type != "llama":
+            raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in a LLaVA; llama is")
+        if config.vision_feature_select_strategy not in ("default", "full"):
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}: use 'default'"
+            )
+        if config.vision_feature_select_strategy == "full":
+            raise UnsupportedModelError(
+                "vision_feature_select_strategy 'full' keeps the CLS token, which has no place in"
+                " the grid of visual tokens; use 'default'"
+            )
+        side = vision.image_size // vision.patch_size
+        return ModelInfo(
+            family="llava",
+            **common(config),
+            grid=(side, side),
+            image_size=(vision.num_channels, vision.image_size, vision.image_size),
+            uniform=True,
+        )
+
+    def tower_layers(self, model: Any) -> int:
+        """How many tower layers the features need, at most."""
+        layers = model.config.vision_feature_layer
+        count = model.config.vision_config.num_hidden_layers
+        deepest = max(i % (count + 1) for i in ([layers] if isinstance(layers, int) else layers))
+        return int(deepest)

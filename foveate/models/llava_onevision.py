@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,113 +22,131 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import anyres
-from foveate.models.anyres import Vision
-from foveate.models.decoder import PATHS, ROLES, Decoder, sizes
-from foveate.models.llava import tower_layers, vision_inputs
-from foveate.models.tiles import POSITION_AXES, Given, positions
-
-__all__ = [
-    "GIVEN",
-    "POSITION_AXES",
-    "Decoder",
-    "Vision",
-    "describe",
-    "images_in",
-    "layout",
-    "pictures",
-    "positions",
-    "sample",
-    "tower_layers",
-    "vision_given",
-    "vision_inputs",
-]
-
-GIVEN = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos")
-"""What such a family takes beside input ids and attention mask."""
+from foveate.models.decoder import common
+from foveate.models.family import Given
+from foveate.models.llava import Llava
 
 DECODERS = ("llama", "qwen2")
 ASPECT = re.compile(r"anyres_max_([1-9]\d*)")
 
 
-def describe(config: Any) -> ModelInfo:
-    """Sizes and names of a LLaVA-OneVision with this configuration; a tile, or a frame, counts as an image.
+class LlavaOnevision(Llava):
+    """LLaVA-OneVision, whose tiles and frames count as images."""
 
-    Raises UnsupportedModelError for a tower, decoder, rotary embedding or image sizes that are not supported.
-    """
-    text, vision = config.text_config, config.vision_config
-    if vision.model_type != "siglip_vision_model":
-        raise UnsupportedModelError(
-            f"vision tower {vision.model_type!r} is not supported in a LLaVA-OneVision; siglip_vision_model is"
+    vision = anyres.Vision
+    takes = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos")
+
+    def describe(self, config: Any) -> ModelInfo:
+        """Sizes and names of a LLaVA-OneVision with this configuration; a tile, or a frame, counts as an image.
+
+        Raises UnsupportedModelError for a tower, decoder, rotary embedding or image sizes that are not supported.
+        """
+        text, vision = config.text_config, config.vision_config
+        if vision.model_type != "siglip_vision_model":
+            raise UnsupportedModelError(
+                f"vision tower {vision.model_type!r} is not supported in a LLaVA-OneVision; siglip_vision_model is"
+            )
+        if vision.vision_use_head:
+            raise UnsupportedModelError(
+                "a SigLIP tower with a pooling head is not supported in a LLaVA-OneVision, which does not read it: set "
+                "vision_use_head=False in vision_config"
+            )
+        if text.model_type not in DECODERS:
+            raise UnsupportedModelError(
+                f"decoder {text.model_type!r} is not supported in a LLaVA-OneVision; supported: {', '.join(DECODERS)}"
+            )
+        if getattr(text, "sliding_window", None) is not None:
+            raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
+        if config.vision_feature_select_strategy != "full":
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} drops the first patch of a "
+                "tower that has no CLS token; use 'full'"
+            )
+        if not ASPECT.fullmatch(config.vision_aspect_ratio):
+            raise UnsupportedModelError(
+                f"vision_aspect_ratio {config.vision_aspect_ratio!r} is not supported; anyres_max_9, or another "
+                "number, is"
+            )
+        anyres.check_pinpoints(config, vision.image_size)
+        side = vision.image_size // vision.patch_size
+        return ModelInfo(
+            family="llava_onevision",
+            **common(config),
+            grid=(side, side),
+            image_size=(vision.num_channels, vision.image_size, vision.image_size),
+            uniform=False,
+            video_token_id=config.video_token_id,
         )
-    if vision.vision_use_head:
-        raise UnsupportedModelError(
-            "a SigLIP tower with a pooling head is not supported in a LLaVA-OneVision, which does not read it: set "
-            "vision_use_head=False in vision_config"
-        )
-    if text.model_type not in DECODERS:
-        raise UnsupportedModelError(
-            f"decoder {text.model_type!r} is not supported in a LLaVA-OneVision; supported: {', '.join(DECODERS)}"
-        )
-    if getattr(text, "sliding_window", None) is not None:
-        raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
-    if config.vision_feature_select_strategy != "full":
-        raise UnsupportedModelError(
-            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} drops the first patch of a "
-            "tower that has no CLS token; use 'full'"
-        )
-    if not ASPECT.fullmatch(config.vision_aspect_ratio):
-        raise UnsupportedModelError(
-            f"vision_aspect_ratio {config.vision_aspect_ratio!r} is not supported; anyres_max_9, or another number, is"
-        )
-    anyres.check_pinpoints(config, vision.image_size)
-    side = vision.image_size // vision.patch_size
-    return ModelInfo(
-        family="llava_onevision",
-        **sizes(text),
-        image_token_id=config.image_token_id,
-        grid=(side, side),
-        image_size=(vision.num_channels, vision.image_size, vision.image_size),
-        paths=dict(PATHS),
-        roles=dict(ROLES),
-        config=config.to_dict(),
-        uniform=False,
-        video_token_id=config.video_token_id,
-    )
 
+    def vision_given(self, info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
+        """The tiles of all images, before the frames of all videos."""
+        tiles, images = [], _images(given)
+        if "pixel_values" in given:
+            tiles.append(anyres.tiles_of(info, given["pixel_values"], [_tiles(info, image) for image in images]))
+        if _videos(info, given):
+            tiles.append(given["pixel_values_videos"].flatten(0, 1))
+        found = torch.cat(tiles) if tiles else None
+        return None if found is None or not len(found) else {"pixel_values": found}
 
-def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
-    """What the vision graph takes, the tiles of all images before the frames of all videos; None where there are none.
+    def layout(self, info: ModelInfo, given: Given, kinds: Tensor, out: Given | None) -> Layout:
+        """Image by image, then video by video; every tile, shrunk image and frame has a grid of its own."""
+        images, videos, frames = _images(given), _videos(info, given), _frames(given)
+        of_videos = torch.eq(kinds, -1 if info.video_token_id is None else info.video_token_id)
+        tiles = sum(_tiles(info, image) for image in images) + videos * frames
+        places = _Places(info, tiles, None if out is None else out["out"].flatten(0, -2))
+        of_image = [part for image in images for part in places.image(image)]
+        of_video = [part for _ in range(videos) for part in places.video(frames)]
+        feature, coords = torch.zeros_like(kinds), kinds.new_zeros(len(kinds), 3)
+        for name, mine, parts in (("image", ~of_videos, of_image), ("video", of_videos, of_video)):
+            anyres.check_count(name, int(mine.sum()), sum(len(part) for part in parts))
+            if parts:
+                found = torch.cat(parts).to(kinds.device)
+                feature[mine], coords[mine] = found[:, 0], found[:, 1:]
+        units = torch.tensor(places.units, dtype=torch.int64).view(-1, 2)
+        return Layout(feature, coords, coords[:, 0] != anyres.NEWLINE, sizes=units, features=places.features())
 
-    Raises InputError for pixels that do not fit their sizes.
-    """
-    tiles, images = [], _images(given)
-    if "pixel_values" in given:
-        tiles.append(anyres.tiles_of(info, given["pixel_values"], [_tiles(info, image) for image in images]))
-    if _videos(info, given):
-        tiles.append(given["pixel_values_videos"].flatten(0, 1))
-    found = torch.cat(tiles) if tiles else None
-    return None if found is None or not len(found) else {"pixel_values": found}
+    def sample(self, info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        """Noise of random sizes."""
+        sizes, places = anyres.sample_sizes(info, images, generator), _Places(info, 0, None)
+        tokens = [sum(map(len, places.image((size, True)))) for size in sizes.tolist()]
+        return tokens, anyres.sample_given(info, sizes, generator) if images else {}
 
+    def pictures(self, info: ModelInfo, given: Given) -> list[Tensor]:
+        """Each tile and frame; of a shrunk image, all its tiles in one."""
+        from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
 
-def layout(info: ModelInfo, given: Given, kinds: Tensor, out: Mapping[str, Tensor] | None) -> Layout:
-    """What stands at the image and video tokens `kinds` [P]; every tile, shrunk image and frame has a grid of its own.
+        seen = self.vision_given(info, given)
+        tiles: Iterator[Tensor] = iter(() if seen is None else seen["pixel_values"])
+        found: list[Tensor] = []
+        for size, cut in _images(given):
+            found.append(next(tiles))
+            mine = list(itertools.islice(tiles, _tiles(info, (size, cut)) - 1))
+            if mine and shrunk(info, anyres.detail(info, size).shape) is not None:
+                down, across = anyres.tile_grid(info, size)
+                rows = [torch.cat(mine[row * across : (row + 1) * across], dim=2) for row in range(down)]
+                mine = [unpad_image(torch.cat(rows, dim=1), size)]
+            found += mine
+        return [*found, *tiles]
 
-    Raises InputError where images and videos are not as many tokens as the prompts hold.
-    """
-    images, videos, frames = _images(given), _videos(info, given), _frames(given)
-    of_videos = torch.eq(kinds, -1 if info.video_token_id is None else info.video_token_id)
-    tiles = sum(_tiles(info, image) for image in images) + videos * frames
-    places = _Places(info, tiles, None if out is None else out["out"].flatten(0, -2))
-    of_image = [part for image in images for part in places.image(image)]
-    of_video = [part for _ in range(videos) for part in places.video(frames)]
-    feature, coords = torch.zeros_like(kinds), kinds.new_zeros(len(kinds), 3)
-    for name, mine, parts in (("image", ~of_videos, of_image), ("video", of_videos, of_video)):
-        anyres.check_count(name, int(mine.sum()), sum(len(part) for part in parts))
-        if parts:
-            found = torch.cat(parts).to(kinds.device)
-            feature[mine], coords[mine] = found[:, 0], found[:, 1:]
-    units = torch.tensor(places.units, dtype=torch.int64).view(-1, 2)
-    return Layout(feature, coords, coords[:, 0] != anyres.NEWLINE, sizes=units, features=places.features())
+    def images_in(self, info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
+        """By the tokens that each image makes."""
+        all_images, places = _images(given), _Places(info, 0, None)
+        tokens = [sum(map(len, places.image(image))) for image in all_images]
+        images = anyres.counts_in(ids, info.image_token_id, tokens)
+        padded = "pixel_values" in given and given["pixel_values"].dim() == 5
+        tiles = anyres.sums([_tiles(info, image) for image in all_images], images)
+        clip = math.prod(_pooled(info)) * _frames(given) + 1
+        counts = {
+            "image_sizes": images,
+            "pixel_values": images if padded else tiles,
+            "pixel_values_videos": anyres.counts_in(ids, info.video_token_id, [clip] * _videos(info, given)),
+        }
+        if "batch_num_images" in given:
+            # An entry is a prompt's, and prompts without images may have none.
+            reached, ends = given["batch_num_images"].cpu().cumsum(0), torch.tensor(images).cumsum(0)
+            upto = [0, *torch.searchsorted(reached, ends, right=True).tolist()]
+            counts["batch_num_images"] = [b - a for a, b in itertools.pairwise(upto)]
+        return {name: each for name, each in counts.items() if name in given and len(given[name]) == sum(each)}
 
 
 class _Places:
@@ -208,52 +226,6 @@ def shrunk(info: ModelInfo, size: Sequence[int]) -> tuple[int, int] | None:
     assert found is not None  # `describe` looked
     ratio = math.sqrt(size[0] * size[1] / (int(found[1]) * info.tokens_per_image))
     return (int(size[0] // ratio), int(size[1] // ratio)) if ratio > 1.1 else None
-
-
-def sample(info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
-    """Random images of random sizes: how many tokens each becomes, and what a processor would make of them."""
-    sizes, places = anyres.sample_sizes(info, images, generator), _Places(info, 0, None)
-    tokens = [sum(map(len, places.image((size, True)))) for size in sizes.tolist()]
-    return tokens, anyres.sample_given(info, sizes, generator) if images else {}
-
-
-def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
-    """Pixels [3, height, width] of each tile and frame, as the tower sees them; of a shrunk image, all its tiles."""
-    from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
-
-    seen = vision_given(info, given)
-    tiles: Iterator[Tensor] = iter(() if seen is None else seen["pixel_values"])
-    found: list[Tensor] = []
-    for size, cut in _images(given):
-        found.append(next(tiles))
-        mine = list(itertools.islice(tiles, _tiles(info, (size, cut)) - 1))
-        if mine and shrunk(info, anyres.detail(info, size).shape) is not None:
-            down, across = anyres.tile_grid(info, size)
-            rows = [torch.cat(mine[row * across : (row + 1) * across], dim=2) for row in range(down)]
-            mine = [unpad_image(torch.cat(rows, dim=1), size)]
-        found += mine
-    return [*found, *tiles]
-
-
-def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
-    """How many rows of what is given belong to each prompt of ids [B, S], by name."""
-    all_images, places = _images(given), _Places(info, 0, None)
-    tokens = [sum(map(len, places.image(image))) for image in all_images]
-    images = anyres.counts_in(ids, info.image_token_id, tokens)
-    padded = "pixel_values" in given and given["pixel_values"].dim() == 5
-    tiles = anyres.sums([_tiles(info, image) for image in all_images], images)
-    clip = math.prod(_pooled(info)) * _frames(given) + 1
-    counts = {
-        "image_sizes": images,
-        "pixel_values": images if padded else tiles,
-        "pixel_values_videos": anyres.counts_in(ids, info.video_token_id, [clip] * _videos(info, given)),
-    }
-    if "batch_num_images" in given:
-        # An entry is a prompt's, and prompts without images may have none.
-        reached, ends = given["batch_num_images"].cpu().cumsum(0), torch.tensor(images).cumsum(0)
-        upto = [0, *torch.searchsorted(reached, ends, right=True).tolist()]
-        counts["batch_num_images"] = [b - a for a, b in itertools.pairwise(upto)]
-    return {name: each for name, each in counts.items() if name in given and len(given[name]) == sum(each)}
 
 
 def _images(given: Given) -> list[tuple[list[int], bool]]:

@@ -1,11 +1,11 @@
-"""Running families whose images and videos have grids of their own: a batch's patches stand in one packed sequence."""
+"""Families whose images and videos have grids of their own: a batch's patches stand in one packed sequence."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,20 +13,15 @@ from torch import Tensor
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
-from foveate.models.decoder import PATHS, ROLES, sizes
+from foveate.models.decoder import common
+from foveate.models.family import Family, Given
 from foveate.models.recording import Inputs, Size
-from foveate.models.tiles import Given
-
-GIVEN = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
-"""What such a family takes beside input ids and attention mask; the last tells what the ids tell too."""
 
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 """What comes of images, and of videos: patches, and frames, rows and columns of them."""
 
 SAMPLE_SIDE = 8
 """Tokens that a side of a random image has at most."""
-
-POSITION_AXES: tuple[int, ...] = (3,)
 
 GRID = (16, 16)
 """Visual tokens of a nominal image: 448 x 448 pixels for patches of 14 pixels, merged two by two."""
@@ -35,13 +30,130 @@ Block = tuple[Sequence[int], int, int]
 """Visual tokens that stand in one piece: the time of each frame, rows, and columns."""
 
 
-def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
-    """Packed patches [n, values of a patch], row and column of each, and where each frame begins and ends."""
-    return {
-        "pixel_values": ((size("patches"), values_of(info)), None),
-        "patch_positions": ((size("patches"), 2), torch.int64),
-        "cu_seqlens": ((size("images") + 1,), torch.int32),
-    }
+class Packed(Family):
+    """A family with packed patches; what a subclass has to add is `vision` and `describe`."""
+
+    takes: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_grid_thw",
+        "pixel_values_videos",
+        "video_grid_thw",
+        "mm_token_type_ids",
+    )
+    """The last tells what the ids tell too."""
+    position_axes = (3,)
+
+    def vision_inputs(self, info: ModelInfo, size: Size) -> Inputs:
+        """Packed patches [n, values of a patch], row and column of each, and where each frame begins and ends."""
+        return {
+            "pixel_values": ((size("patches"), values_of(info)), None),
+            "patch_positions": ((size("patches"), 2), torch.int64),
+            "cu_seqlens": ((size("images") + 1,), torch.int32),
+        }
+
+    def tower_layers(self, model: Any) -> int:
+        """All."""
+        return int(model.config.vision_config.depth)
+
+    def vision_given(self, info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
+        """The patches of images before those of videos, with their places."""
+        patches, grids = [], []
+        width, merge = values_of(info), merge_of(info)
+        for pixels_name, grid_name in KINDS:
+            pixels, grid = given.get(pixels_name), given.get(grid_name)
+            if pixels is None and grid is None:
+                continue
+            if pixels is None or grid is None:
+                raise InputError(
+                    f"{pixels_name} and {grid_name} belong together: give both, as the processor returns them"
+                )
+            if grid.dim() != 2 or grid.shape[1] != 3 or pixels.dim() != 2 or pixels.shape[1] != width:
+                raise InputError(
+                    f"{grid_name} has shape {tuple(grid.shape)} and {pixels_name} {tuple(pixels.shape)}; this model "
+                    f"takes [images, 3] and [patches, {width}]"
+                )
+            if bool((grid < 1).any()) or bool((grid[:, 1:] % merge).any()) or int(grid.prod(1).sum()) != len(pixels):
+                raise InputError(
+                    f"{grid_name} {grid.tolist()} makes {int(grid.prod(1).sum())} patches, and {pixels_name} holds "
+                    f"{len(pixels)}; sides must be divisible by {merge}"
+                )
+            patches.append(pixels)
+            grids.append(grid)
+        if not patches or not sum(map(len, patches)):
+            return None
+        frames = frames_of(torch.cat(grids))
+        lengths = frames.prod(1).cumsum(0)
+        places = torch.cat([patch_places(height, width, merge) for height, width in frames.tolist()])
+        return {
+            "pixel_values": torch.cat(patches),
+            "patch_positions": places.to(lengths.device),
+            "cu_seqlens": torch.nn.functional.pad(lengths, (1, 0)).int(),
+        }
+
+    def layout(self, info: ModelInfo, given: Given, kinds: Tensor, out: Given | None) -> Layout:
+        """Row by row, images before videos; every frame of a video has a grid of its own."""
+        video = (
+            torch.zeros_like(kinds, dtype=torch.bool) if info.video_token_id is None else kinds == info.video_token_id
+        )
+        feature, coords = torch.zeros_like(kinds), kinds.new_zeros(len(kinds), 3)
+        tokens = units = 0
+        for (_, grid_name), mine, name in zip(KINDS, (~video, video), ("image", "video"), strict=True):
+            frames = frames_of(token_grids(info, given, grid_name))
+            count = int(frames.prod(1).sum())
+            if int(mine.sum()) != count:
+                raise InputError(
+                    f"the prompts hold {int(mine.sum())} {name} tokens, and {grid_name} makes {count}: let the "
+                    f"processor see each {name} with its prompt"
+                )
+            if count:
+                places = [_raster(units + i, height, width) for i, (height, width) in enumerate(frames.tolist())]
+                coords[mine] = torch.cat(places).to(kinds.device)
+                feature[mine] = torch.arange(tokens, tokens + count, device=kinds.device)
+            tokens, units = tokens + count, units + len(frames)
+        return Layout(feature, coords, torch.ones_like(video))
+
+    def sample(self, info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        """Noise on random grids."""
+        if not images:
+            return [], {}
+        sides = torch.randint(1, SAMPLE_SIDE + 1, (images, 2), generator=generator)
+        grids = torch.cat([torch.ones(images, 1, dtype=torch.int64), sides * merge_of(info)], dim=1)
+        pixels = torch.randn(int(grids.prod(1).sum()), values_of(info), generator=generator)
+        return sides.prod(1).tolist(), {"pixel_values": pixels, "image_grid_thw": grids}
+
+    def pictures(self, info: ModelInfo, given: Given) -> list[Tensor]:
+        """Each image and frame; of two frames in one, the first."""
+        vision, merge = info.config["vision_config"], merge_of(info)
+        side, found = vision["patch_size"], []
+        for pixels_name, grid_name in KINDS:
+            if given.get(grid_name) is None:
+                continue
+            frames = frames_of(given[grid_name].cpu()).tolist()
+            packed = given[pixels_name].split([height * width for height, width in frames])
+            for (height, width), patches in zip(frames, packed, strict=True):
+                blocks = patches.view(height // merge, width // merge, merge, merge, 3, -1, side, side)[..., 0, :, :]
+                found.append(blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * side, width * side))
+        return found
+
+    def positions(self, info: ModelInfo, given: Given, ids: Tensor, real: Tensor) -> Tensor:
+        """Positions int64 [3, B, S] of M-RoPE: see `mrope`; a video's frames are one time step apart."""
+        images, videos = (
+            [(range(frames), height, width) for frames, height, width in token_grids(info, given, name).tolist()]
+            for _, name in KINDS
+        )
+        return mrope(info, ids, real, images, videos)
+
+    def images_in(self, info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
+        """By the tokens that each grid makes."""
+        counts: dict[str, list[int]] = {"mm_token_type_ids": [1] * len(ids)}
+        for (pixels_name, grid_name), token in zip(KINDS, (info.image_token_id, info.video_token_id), strict=True):
+            sizes = token_grids(info, given, grid_name).prod(1).cumsum(0)
+            ends = torch.eq(ids, -1 if token is None else token).sum(1).cumsum(0).cpu()
+            upto = [0, *torch.searchsorted(sizes, ends, right=True).tolist()]
+            patches = torch.nn.functional.pad(sizes, (1, 0))[upto] * info.patches_per_token
+            counts[grid_name] = [b - a for a, b in itertools.pairwise(upto)]
+            counts[pixels_name] = patches.diff().tolist()
+        return {name: each for name, each in counts.items() if name in given and len(given[name]) == sum(each)}
 
 
 def about(config: Any, family: str, deepstack: int = 0) -> ModelInfo:
@@ -62,118 +174,14 @@ def about(config: Any, family: str, deepstack: int = 0) -> ModelInfo:
     height, width = (count * merged * vision.patch_size for count in GRID)
     return ModelInfo(
         family=family,
-        **sizes(text),
-        image_token_id=config.image_token_id,
+        **common(config),
         grid=GRID,
         image_size=(vision.in_channels, height, width),
-        paths=dict(PATHS),
-        roles=dict(ROLES),
-        config=config.to_dict(),
         patches_per_token=merged**2,
         video_token_id=config.video_token_id,
         deepstack=deepstack,
         uniform=False,
     )
-
-
-def tower_layers(model: Any) -> int:
-    """How many tower layers the features need."""
-    return int(model.config.vision_config.depth)
-
-
-def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
-    """What the vision graph takes, the patches of images before those of videos; None where there are neither.
-
-    Raises InputError for patches that do not fit their grids.
-    """
-    patches, grids = [], []
-    width, merge = values_of(info), merge_of(info)
-    for pixels_name, grid_name in KINDS:
-        pixels, grid = given.get(pixels_name), given.get(grid_name)
-        if pixels is None and grid is None:
-            continue
-        if pixels is None or grid is None:
-            raise InputError(f"{pixels_name} and {grid_name} belong together: give both, as the processor returns them")
-        if grid.dim() != 2 or grid.shape[1] != 3 or pixels.dim() != 2 or pixels.shape[1] != width:
-            raise InputError(
-                f"{grid_name} has shape {tuple(grid.shape)} and {pixels_name} {tuple(pixels.shape)}; this model takes "
-                f"[images, 3] and [patches, {width}]"
-            )
-        if bool((grid < 1).any()) or bool((grid[:, 1:] % merge).any()) or int(grid.prod(1).sum()) != len(pixels):
-            raise InputError(
-                f"{grid_name} {grid.tolist()} makes {int(grid.prod(1).sum())} patches, and {pixels_name} holds "
-                f"{len(pixels)}; sides must be divisible by {merge}"
-            )
-        patches.append(pixels)
-        grids.append(grid)
-    if not patches or not sum(map(len, patches)):
-        return None
-    frames = frames_of(torch.cat(grids))
-    lengths = frames.prod(1).cumsum(0)
-    places = torch.cat([patch_places(height, width, merge) for height, width in frames.tolist()])
-    return {
-        "pixel_values": torch.cat(patches),
-        "patch_positions": places.to(lengths.device),
-        "cu_seqlens": torch.nn.functional.pad(lengths, (1, 0)).int(),
-    }
-
-
-def layout(info: ModelInfo, given: Given, kinds: Tensor, out: Mapping[str, Tensor] | None) -> Layout:
-    """What stands at the image and video tokens `kinds` [P]; every frame of a video has a grid of its own.
-
-    Raises InputError where images and videos are not as many tokens as the prompts hold.
-    """
-    video = torch.zeros_like(kinds, dtype=torch.bool) if info.video_token_id is None else kinds == info.video_token_id
-    feature, coords = torch.zeros_like(kinds), kinds.new_zeros(len(kinds), 3)
-    tokens = units = 0
-    for (_, grid_name), mine, name in zip(KINDS, (~video, video), ("image", "video"), strict=True):
-        frames = frames_of(token_grids(info, given, grid_name))
-        count = int(frames.prod(1).sum())
-        if int(mine.sum()) != count:
-            raise InputError(
-                f"the prompts hold {int(mine.sum())} {name} tokens, and {grid_name} makes {count}: let the processor "
-                f"see each {name} with its prompt"
-            )
-        if count:
-            places = [_raster(units + i, height, width) for i, (height, width) in enumerate(frames.tolist())]
-            coords[mine] = torch.cat(places).to(kinds.device)
-            feature[mine] = torch.arange(tokens, tokens + count, device=kinds.device)
-        tokens, units = tokens + count, units + len(frames)
-    return Layout(feature, coords, torch.ones_like(video))
-
-
-def sample(info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
-    """Random images of random grids: how many tokens each becomes, and what a processor would make of them."""
-    if not images:
-        return [], {}
-    sides = torch.randint(1, SAMPLE_SIDE + 1, (images, 2), generator=generator)
-    grids = torch.cat([torch.ones(images, 1, dtype=torch.int64), sides * merge_of(info)], dim=1)
-    pixels = torch.randn(int(grids.prod(1).sum()), values_of(info), generator=generator)
-    return sides.prod(1).tolist(), {"pixel_values": pixels, "image_grid_thw": grids}
-
-
-def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
-    """Pixels [3, height, width] of each image and frame, as the tower sees them; of two frames in one, the first."""
-    vision, merge = info.config["vision_config"], merge_of(info)
-    side, found = vision["patch_size"], []
-    for pixels_name, grid_name in KINDS:
-        if given.get(grid_name) is None:
-            continue
-        frames = frames_of(given[grid_name].cpu()).tolist()
-        packed = given[pixels_name].split([height * width for height, width in frames])
-        for (height, width), patches in zip(frames, packed, strict=True):
-            blocks = patches.view(height // merge, width // merge, merge, merge, 3, -1, side, side)[..., 0, :, :]
-            found.append(blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * side, width * side))
-    return found
-
-
-def positions(info: ModelInfo, given: Given, ids: Tensor, real: Tensor) -> Tensor:
-    """Positions int64 [3, B, S] of M-RoPE: see `mrope`; a video's frames are one time step apart."""
-    images, videos = (
-        [(range(frames), height, width) for frames, height, width in token_grids(info, given, name).tolist()]
-        for _, name in KINDS
-    )
-    return mrope(info, ids, real, images, videos)
 
 
 def mrope(info: ModelInfo, ids: Tensor, real: Tensor, images: Sequence[Block], videos: Sequence[Block]) -> Tensor:
@@ -205,19 +213,6 @@ def mrope(info: ModelInfo, ids: Tensor, real: Tensor, images: Sequence[Block], v
             at, start = at + size, start + advance
         found[:, row, there] = torch.cat(pieces, dim=1)
     return found.to(ids.device)
-
-
-def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
-    """How many rows of what is given belong to each prompt of ids [B, S], by name."""
-    counts: dict[str, list[int]] = {"mm_token_type_ids": [1] * len(ids)}
-    for (pixels_name, grid_name), token in zip(KINDS, (info.image_token_id, info.video_token_id), strict=True):
-        sizes = token_grids(info, given, grid_name).prod(1).cumsum(0)
-        ends = torch.eq(ids, -1 if token is None else token).sum(1).cumsum(0).cpu()
-        upto = [0, *torch.searchsorted(sizes, ends, right=True).tolist()]
-        patches = torch.nn.functional.pad(sizes, (1, 0))[upto] * info.patches_per_token
-        counts[grid_name] = [b - a for a, b in itertools.pairwise(upto)]
-        counts[pixels_name] = patches.diff().tolist()
-    return {name: each for name, each in counts.items() if name in given and len(given[name]) == sum(each)}
 
 
 def token_grids(info: ModelInfo, given: Given, name: str) -> Tensor:

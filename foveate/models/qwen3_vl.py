@@ -18,28 +18,12 @@ from torch import Tensor, nn
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
 from foveate.models import packed
-from foveate.models.packed import GIVEN, POSITION_AXES, images_in, layout, pictures, sample, tower_layers
-from foveate.models.recording import Inputs, Size
-from foveate.models.tiles import Given
-
-__all__ = [
-    "GIVEN",
-    "POSITION_AXES",
-    "Decoder",
-    "Vision",
-    "describe",
-    "images_in",
-    "layout",
-    "pictures",
-    "positions",
-    "sample",
-    "tower_layers",
-    "vision_given",
-    "vision_inputs",
-]
+from foveate.models.family import Given
+from foveate.models.packed import Packed
+from foveate.models.recording import Inputs, Size, Wrapper
 
 
-class Vision(nn.Module):
+class Vision(Wrapper):
     """Packed patches [n, values of a patch] of all images to visual embeddings [m, hidden size], m tokens of n patches.
 
     patch_positions, cu_seqlens: as for Qwen2-VL. interp_indices int64 and interp_weights fp32 [n, 4]: which learned
@@ -48,8 +32,7 @@ class Vision(nn.Module):
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.levels = _levels(model.config)
 
     def forward(
@@ -71,12 +54,11 @@ class Vision(nn.Module):
         return features, torch.cat([level[:, None] for level in made.deepstack_features[: self.levels]], dim=1)
 
 
-class Decoder(nn.Module):
+class Decoder(Wrapper):
     """Embeddings [B, S, D], positions [3, B, S], features [B, S, levels, D] to logits [B, 1, V] of the next token."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.rotary_emb = _Rotary(_section(model.config.text_config))
         # Their paths say which layer each addition belongs to.
         self.layers = nn.ModuleList(
@@ -129,58 +111,58 @@ class _Rotary(nn.Module):
         return cosine.to(dtype), sine.to(dtype)
 
 
-def vision_inputs(info: ModelInfo, size: Size) -> Inputs:
-    """Inputs of `Vision`."""
-    return {
-        **packed.vision_inputs(info, size),
-        "interp_indices": ((size("patches"), 4), torch.int64),
-        "interp_weights": ((size("patches"), 4), torch.float32),
-    }
+class Qwen3VL(Packed):
+    """Qwen3-VL, with DeepStack."""
 
+    vision = Vision
+    decoder = Decoder
 
-def describe(config: Any) -> ModelInfo:
-    """Sizes and names of a Qwen3-VL with this configuration.
+    def vision_inputs(self, info: ModelInfo, size: Size) -> Inputs:
+        """Those of Qwen2-VL, and the learned positions around each patch."""
+        return {
+            **super().vision_inputs(info, size),
+            "interp_indices": ((size("patches"), 4), torch.int64),
+            "interp_weights": ((size("patches"), 4), torch.float32),
+        }
 
-    Raises UnsupportedModelError as for Qwen2-VL, and for frequencies that rows and columns do not share evenly.
-    """
-    _section(config.text_config)
-    return packed.about(config, family="qwen3_vl", deepstack=_levels(config))
+    def describe(self, config: Any) -> ModelInfo:
+        """Sizes and names of a Qwen3-VL with this configuration.
 
+        Raises UnsupportedModelError as for Qwen2-VL, and for frequencies that rows and columns do not share evenly.
+        """
+        _section(config.text_config)
+        return packed.about(config, family="qwen3_vl", deepstack=_levels(config))
 
-def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
-    """What the vision graph takes, the patches of images before those of videos; None where there are neither.
+    def vision_given(self, info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
+        """As for Qwen2-VL, and the learned positions around each patch."""
+        found = super().vision_given(info, given)
+        if found is None:
+            return None
+        places = found["patch_positions"]
+        tokens = torch.cat([packed.token_grids(info, given, name) for _, name in packed.KINDS])
+        frames = packed.frames_of(tokens).to(places.device) * packed.merge_of(info)
+        sizes = frames.repeat_interleave(frames.prod(1), dim=0)
+        side = int(info.config["vision_config"]["num_position_embeddings"] ** 0.5)
+        (rows, down), (columns, across) = (_neighbors(places[:, i], sizes[:, i], side) for i in range(2))
+        return {
+            **found,
+            "interp_indices": (rows[:, :, None] * side + columns[:, None]).flatten(1),
+            "interp_weights": (down[:, :, None] * across[:, None]).flatten(1),
+        }
 
-    Raises InputError for patches that do not fit their grids.
-    """
-    found = packed.vision_given(info, given)
-    if found is None:
-        return None
-    places = found["patch_positions"]
-    tokens = torch.cat([packed.token_grids(info, given, name) for _, name in packed.KINDS])
-    frames = packed.frames_of(tokens).to(places.device) * packed.merge_of(info)
-    sizes = frames.repeat_interleave(frames.prod(1), dim=0)
-    side = int(info.config["vision_config"]["num_position_embeddings"] ** 0.5)
-    (rows, down), (columns, across) = (_neighbors(places[:, i], sizes[:, i], side) for i in range(2))
-    return {
-        **found,
-        "interp_indices": (rows[:, :, None] * side + columns[:, None]).flatten(1),
-        "interp_weights": (down[:, :, None] * across[:, None]).flatten(1),
-    }
+    def positions(self, info: ModelInfo, given: Given, ids: Tensor, real: Tensor) -> Tensor:
+        """Positions int64 [3, B, S]: see `foveate.models.packed.mrope`; each frame of a video is a block of its own.
 
-
-def positions(info: ModelInfo, given: Given, ids: Tensor, real: Tensor) -> Tensor:
-    """Positions int64 [3, B, S]: see `foveate.models.packed.mrope`; each frame of a video is a block of its own.
-
-    The prompt says in words when a frame was, between the frames.
-    """
-    images, videos = (packed.token_grids(info, given, name) for _, name in packed.KINDS)
-    return packed.mrope(
-        info,
-        ids,
-        real,
-        [(range(frames), height, width) for frames, height, width in images.tolist()],
-        [((0,), height, width) for height, width in packed.frames_of(videos).tolist()],
-    )
+        The prompt says in words when a frame was, between the frames.
+        """
+        images, videos = (packed.token_grids(info, given, name) for _, name in packed.KINDS)
+        return packed.mrope(
+            info,
+            ids,
+            real,
+            [(range(frames), height, width) for frames, height, width in images.tolist()],
+            [((0,), height, width) for height, width in packed.frames_of(videos).tolist()],
+        )
 
 
 def _levels(config: Any) -> int:

@@ -4,52 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.ir.program import ModelInfo
-from foveate.models.decoder import Decoder
-from foveate.models.packed import (
-    GIVEN,
-    POSITION_AXES,
-    about,
-    images_in,
-    layout,
-    pictures,
-    positions,
-    sample,
-    tower_layers,
-    vision_given,
-    vision_inputs,
-)
-
-__all__ = [
-    "GIVEN",
-    "POSITION_AXES",
-    "Decoder",
-    "Vision",
-    "describe",
-    "images_in",
-    "layout",
-    "pictures",
-    "positions",
-    "sample",
-    "tower_layers",
-    "vision_given",
-    "vision_inputs",
-]
+from foveate.models.packed import Packed, about
+from foveate.models.recording import Wrapper
 
 
-class Vision(nn.Module):
+class Vision(Wrapper):
     """Packed patches [n, values of a patch] of all images to visual embeddings [n / patches per token, hidden size].
 
     patch_positions: int64 [n, 2], row and column of each patch in its image. cu_seqlens: int32 [images + 1], where
     each image's patches begin and end. `transformers.vision_utils` computes both from `image_grid_thw`; given from
     outside they leave one graph for every grid.
     """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, pixel_values: Tensor, patch_positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Tower and merger."""
@@ -60,10 +28,15 @@ class Vision(nn.Module):
         return features
 
 
-def describe(config: Any) -> ModelInfo:
-    """Sizes and names of a Qwen2-VL with this configuration.
+class Qwen2VL(Packed):
+    """Qwen2-VL, as all of its kind."""
 
-    Raises UnsupportedModelError for patches that are not square, sliding windows, or a rotary embedding that is not
-    supported.
-    """
-    return about(config, family="qwen2_vl")
+    vision = Vision
+
+    def describe(self, config: Any) -> ModelInfo:
+        """Sizes and names of a Qwen2-VL with this configuration.
+
+        Raises UnsupportedModelError for patches that are not square, sliding windows, or a rotary embedding that is
+        not supported.
+        """
+        return about(config, family="qwen2_vl")

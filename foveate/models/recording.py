@@ -22,16 +22,24 @@ SAMPLE = {"batch": 2, "sequence": 17}
 """Sizes of a recording's inputs that differ from `Symbols.HINTS`."""
 
 
+class Wrapper(nn.Module):
+    """A module around a whole model, of which it calls what a graph is recorded of."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+
 def record_graph(
     program: Program,
     model: Any,
-    module: nn.Module,
+    module: Wrapper,
     inputs: Callable[[Size], Inputs],
     layers: int,
     causal: bool,
     reach: bool = False,
 ) -> Any:
-    """Record `module`, a wrapper around the whole `model`, and import it into `program`.
+    """Record `module`, which is around `model`, and import it into `program`.
 
     inputs: the module's inputs, in order, whose sizes come from the function they are given. layers, causal, reach:
     see `foveate.ir.trace.import_graph`. Call it while `captured_attention(model)` is open.

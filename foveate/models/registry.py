@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -15,23 +14,32 @@ from foveate.ir.rules import verify
 from foveate.ir.split import split
 from foveate.ir.tail import keep_last
 from foveate.ir.trace import captured_attention
-from foveate.models import gemma3, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, qwen_vl, smolvlm
 from foveate.models.decoder import decoder_inputs
+from foveate.models.family import Family
+from foveate.models.gemma3 import Gemma3
+from foveate.models.internvl import InternVL
+from foveate.models.llava import Llava
+from foveate.models.llava_next import LlavaNext
+from foveate.models.llava_onevision import LlavaOnevision
+from foveate.models.qwen2_5_vl import Qwen25VL
+from foveate.models.qwen3_vl import Qwen3VL
+from foveate.models.qwen_vl import Qwen2VL
 from foveate.models.recording import first_names, record_graph
+from foveate.models.smolvlm import SmolVLM
 
-FAMILIES: dict[str, ModuleType] = {
-    "llava": llava,
-    "internvl": internvl,
-    "qwen2_vl": qwen_vl,
-    "llava_next": llava_next,
-    "llava_onevision": llava_onevision,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen3_vl": qwen3_vl,
-    "smolvlm": smolvlm,
-    "idefics3": smolvlm,
-    "gemma3": gemma3,
+FAMILIES: dict[str, Family] = {
+    "llava": Llava(),
+    "internvl": InternVL(),
+    "qwen2_vl": Qwen2VL(),
+    "llava_next": LlavaNext(),
+    "llava_onevision": LlavaOnevision(),
+    "qwen2_5_vl": Qwen25VL(),
+    "qwen3_vl": Qwen3VL(),
+    "smolvlm": SmolVLM(),
+    "idefics3": SmolVLM(),
+    "gemma3": Gemma3(),
 }
-"""Hugging Face `model_type` -> the module that knows the family."""
+"""Hugging Face `model_type` -> what is known of the family."""
 
 REFUSED = {
     "qwen3_vl_moe": "each token chooses its experts, which run as many rows as chose them: that op is not known",
@@ -39,8 +47,8 @@ REFUSED = {
 """Families that are known, and why they are not supported."""
 
 
-def family_of(model: Any) -> ModuleType:
-    """The family module of a transformers model.
+def family_of(model: Any) -> Family:
+    """The family of a transformers model.
 
     Raises UnsupportedModelError naming what was given and what is supported.
     """
@@ -82,12 +90,11 @@ def trace_joint(model: Any) -> tuple[Any, Program]:
     family = family_of(model)
     about = family.describe(model.config)
     program = Program(info=about, weights=_weights(model), symbols=Symbols())
-    whole = getattr(family, "WHOLE_IMAGES", False)
-    with captured_attention(model, windows=whole):
+    with captured_attention(model, windows=family.whole_images):
         program.graphs["vision"] = record_graph(
             program,
             model,
-            family.Vision(model),
+            family.vision(model),
             lambda size: family.vision_inputs(about, size),
             layers=family.tower_layers(model),
             causal=False,
@@ -95,11 +102,11 @@ def trace_joint(model: Any) -> tuple[Any, Program]:
         joint = record_graph(
             program,
             model,
-            family.Decoder(model),
-            lambda size: decoder_inputs(about.hidden_size, family.POSITION_AXES, size, about.deepstack),
+            family.decoder(model),
+            lambda size: decoder_inputs(about.hidden_size, family.position_axes, size, about.deepstack),
             layers=about.layers,
             causal=True,
-            reach=whole,
+            reach=family.whole_images,
         )
     return joint, program
 

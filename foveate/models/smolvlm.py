@@ -9,44 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
-from foveate.models import decoder, tiles
-from foveate.models.tiles import POSITION_AXES, Given, positions, sample, tower_layers, vision_inputs
+from foveate.models.decoder import PATHS, Decoder, common
+from foveate.models.family import Given
+from foveate.models.recording import Wrapper
+from foveate.models.tiles import Tiles
 
-__all__ = [
-    "GIVEN",
-    "POSITION_AXES",
-    "Decoder",
-    "Vision",
-    "describe",
-    "images_in",
-    "layout",
-    "pictures",
-    "positions",
-    "sample",
-    "tower_layers",
-    "vision_given",
-    "vision_inputs",
-]
-
-GIVEN = ("pixel_values", "pixel_attention_mask")
-"""Both [B, tiles, ...], a row a prompt; rows with fewer tiles are filled up with tiles that are zero everywhere.
-
-Both may be [tiles, ...] too, the tiles of all prompts one behind the other, as exported packages take them."""
-
-PATHS = {name: path.replace("language_model", "text_model") for name, path in decoder.PATHS.items()}
+OWN_PATHS = {name: path.replace("language_model", "text_model") for name, path in PATHS.items()}
 
 
-class Vision(nn.Module):
+class Vision(Wrapper):
     """Tiles [I, C, height, width] to visual embeddings [I, tokens per tile, hidden size]; a tile counts as an image."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.places = _places(_side(model.config.vision_config))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -73,82 +53,84 @@ class Vision(nn.Module):
         return torch.cat([rows[:, place : place + 1] for place in self.places], 1).flatten(0, 1)
 
 
-class Decoder(decoder.Decoder):
+class TextModel(Decoder):
     """As in other families, under another name."""
 
     inside = "text_model"
 
 
-def describe(config: Any) -> ModelInfo:
-    """Sizes and names of a SmolVLM or Idefics3 with this configuration.
+class SmolVLM(Tiles):
+    """SmolVLM and Idefics3.
 
-    Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported, and for tiles that
-    cannot be shuffled.
+    What they take is [B, tiles, ...], a row a prompt; rows with fewer tiles are filled up with tiles that are zero
+    everywhere. It may be [tiles, ...] too, the tiles of all prompts one behind the other, as exported packages take it.
     """
-    text, vision, scale = config.text_config, config.vision_config, config.scale_factor
-    name = {"smolvlm": "a SmolVLM", "idefics3": "an Idefics3"}[config.model_type]
-    if vision.model_type not in ("smolvlm_vision", "idefics3_vision"):
-        raise UnsupportedModelError(
-            f"vision tower {vision.model_type!r} is not supported in {name}; smolvlm_vision and idefics3_vision are"
-        )
-    if text.model_type != "llama":
-        raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in {name}; llama is")
-    for size in ("image_size", "patch_size"):
-        if not isinstance(getattr(vision, size), int):
-            raise UnsupportedModelError(f"{size} {getattr(vision, size)!r} is not supported in {name}; one number is")
-    side = _side(vision)
-    if side % scale:
-        raise UnsupportedModelError(
-            f"a tile of {side} x {side} patches cannot be shuffled by {scale}; its side must be divisible"
-        )
-    return ModelInfo(
-        family=config.model_type,
-        **decoder.sizes(text),
-        image_token_id=config.image_token_id,
-        grid=(side // scale, side // scale),
-        image_size=(vision.num_channels, vision.image_size, vision.image_size),
-        paths=dict(PATHS),
-        roles=dict(decoder.ROLES),
-        config=config.to_dict(),
-        uniform=True,
-    )
 
+    vision = Vision
+    decoder = TextModel
+    takes = ("pixel_values", "pixel_attention_mask")
 
-def vision_given(info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
-    """What the vision graph takes: the tiles of all prompts that are not filling, or None where there is none.
+    def describe(self, config: Any) -> ModelInfo:
+        """Sizes and names of a SmolVLM or Idefics3 with this configuration.
 
-    Raises InputError for tiles of another size, and for masks that hide a part of one.
-    """
-    return tiles.vision_given(info, _seen(info, given))
-
-
-def layout(info: ModelInfo, given: Given, kinds: Tensor, out: Any) -> Layout:
-    """What stands at the image tokens `kinds` [P]; InputError where tiles are not as many as the prompts say."""
-    return tiles.layout(info, _seen(info, given), kinds, out)
-
-
-def pictures(info: ModelInfo, given: Given) -> list[Tensor]:
-    """Pixels [3, height, width] of each tile, as the tower sees them."""
-    return list(_seen(info, given).get("pixel_values", ()))
-
-
-def images_in(info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
-    """How many rows of what is given belong to each prompt of ids [B, S], by name: one, but of tiles that stand alone.
-
-    Raises InputError where a prompt's row does not hold as many tiles as the prompt says.
-    """
-    pixels = given.get("pixel_values")
-    if pixels is not None and pixels.dim() == 4:
-        return tiles.images_in(info, given, ids)
-    if pixels is not None:
-        wanted = (info.visual(ids).sum(1) // info.tokens_per_image).tolist()
-        found = _real(info, pixels).sum(1).tolist()
-        if found != wanted:
-            raise InputError(
-                f"the rows of pixel_values hold {found} tiles, and the prompts want {wanted}: give each prompt its "
-                "tiles in a row of its own"
+        Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported, and for tiles that
+        cannot be shuffled.
+        """
+        text, vision, scale = config.text_config, config.vision_config, config.scale_factor
+        name = {"smolvlm": "a SmolVLM", "idefics3": "an Idefics3"}[config.model_type]
+        if vision.model_type not in ("smolvlm_vision", "idefics3_vision"):
+            raise UnsupportedModelError(
+                f"vision tower {vision.model_type!r} is not supported in {name}; smolvlm_vision and idefics3_vision are"
             )
-    return {name: [1] * len(ids) for name in given if name in GIVEN}
+        if text.model_type != "llama":
+            raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in {name}; llama is")
+        for size in ("image_size", "patch_size"):
+            if not isinstance(getattr(vision, size), int):
+                raise UnsupportedModelError(
+                    f"{size} {getattr(vision, size)!r} is not supported in {name}; one number is"
+                )
+        side = _side(vision)
+        if side % scale:
+            raise UnsupportedModelError(
+                f"a tile of {side} x {side} patches cannot be shuffled by {scale}; its side must be divisible"
+            )
+        return ModelInfo(
+            family=config.model_type,
+            **common(config, paths=OWN_PATHS),
+            grid=(side // scale, side // scale),
+            image_size=(vision.num_channels, vision.image_size, vision.image_size),
+            uniform=True,
+        )
+
+    def vision_given(self, info: ModelInfo, given: Given) -> dict[str, Tensor] | None:
+        """The tiles of all prompts that are not filling; InputError also for masks that hide a part of one."""
+        return super().vision_given(info, _seen(info, given))
+
+    def layout(self, info: ModelInfo, given: Given, kinds: Tensor, out: Given | None) -> Layout:
+        """Tile by tile, row by row."""
+        return super().layout(info, _seen(info, given), kinds, out)
+
+    def pictures(self, info: ModelInfo, given: Given) -> list[Tensor]:
+        """Each tile that is not filling."""
+        return list(_seen(info, given).get("pixel_values", ()))
+
+    def images_in(self, info: ModelInfo, given: Given, ids: Tensor) -> dict[str, list[int]]:
+        """One, but of tiles that stand alone.
+
+        Raises InputError where a prompt's row does not hold as many tiles as the prompt says.
+        """
+        pixels = given.get("pixel_values")
+        if pixels is not None and pixels.dim() == 4:
+            return super().images_in(info, given, ids)
+        if pixels is not None:
+            wanted = (info.visual(ids).sum(1) // info.tokens_per_image).tolist()
+            found = _real(info, pixels).sum(1).tolist()
+            if found != wanted:
+                raise InputError(
+                    f"the rows of pixel_values hold {found} tiles, and the prompts want {wanted}: give each prompt its "
+                    "tiles in a row of its own"
+                )
+        return {name: [1] * len(ids) for name in given if name in self.takes}
 
 
 def _seen(info: ModelInfo, given: Given) -> dict[str, Tensor]:

@@ -171,6 +171,21 @@ def test_tokens_against_tokens_in_one_elementwise_op_are_mixed() -> None:
         axis_of(make)
 
 
+def test_counting_tokens_is_refused_where_the_count_is_used() -> None:
+    def counted(dim: int) -> Make:
+        def make(edit: Rewriter, values: dict[str, fx.Node]) -> fx.Node:
+            count = edit.call(aten.sym_size.int, values["x"], dim, about=NodeInfo(-1, "model", "text"))
+            return edit.call(aten.slice.Tensor, values["y"], 2, 0, count, about=HERE, name="it")
+
+        return make
+
+    assert axis_of(counted(0)) == 1
+    with pytest.raises(
+        TraceError, match=r"^layer 3, mlp.strange_proj, node it: aten.slice.Tensor mixes tokens: it dep"
+    ):
+        axis_of(counted(1))
+
+
 def test_a_constant_for_each_place_is_mixed_in_only_where_it_is_seen() -> None:
     def make(edit: Rewriter, values: dict[str, fx.Node]) -> fx.Node:
         short = edit.call(aten.sum.dim_IntList, values["other"], [0], about=HERE)  # [6, 8], no tokens

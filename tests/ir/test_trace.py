@@ -16,7 +16,7 @@ from foveate import ops
 from foveate.errors import TraceError, UnsupportedModelError
 from foveate.ir.program import info, outputs
 from foveate.ir.rewriter import nodes_of
-from foveate.models import llava as family
+from foveate.models import decoder
 from foveate.models.random import random_inputs
 from foveate.models.registry import trace_joint, trace_program
 from tests.ir.programs import HEADS, LAYERS, llava, model, traced, weightless
@@ -160,7 +160,7 @@ def broken(self: Any, hidden: Tensor, position_ids: Tensor) -> Tensor:
 def test_a_trace_that_fails_in_the_model_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     source = mixed()
     inputs, before = prepared(source)
-    monkeypatch.setattr(family.Decoder, "forward", broken)
+    monkeypatch.setattr(decoder.Decoder, "forward", broken)
     with pytest.raises(TraceError, match=r"could not be traced: .*broken on purpose$"):
         trace_joint(source)
     assert changed(before, state(source, inputs)) == []

@@ -12,12 +12,14 @@ from foveate.models import configs
 from tests.models.tiny import qwen2_vl
 from tests.shipped import shipped
 
-# Parameters as the models' cards on the Hugging Face Hub give them, and visual tokens of one image or tile.
+# Parameters as cards on the Hugging Face Hub, or sizes of files there, say, and visual tokens of one image or tile.
 PUBLISHED = {
     "gemma-3-4b": (4.3e9, 256),
+    "idefics3-8b": (8.465e9, 169),
     "internvl2-26b": (25.5e9, 256),
     "internvl2-4b": (4.15e9, 256),
     "internvl2-8b": (8.08e9, 256),
+    "internvl3.5-8b": (8.5e9, 256),
     "llava-1.5-13b": (13.35e9, 576),
     "llava-1.5-7b": (7.06e9, 576),
     "llava-onevision-qwen2-7b": (8.03e9, 729),

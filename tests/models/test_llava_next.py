@@ -15,7 +15,7 @@ from foveate import ops
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.program import Program, info
 from foveate.models import anyres, llava_next
-from foveate.models.registry import trace_program
+from foveate.models.registry import FAMILIES, trace_program
 from foveate.report.kept import kept_masks
 from tests.ir.programs import once
 from tests.models import decoders, tiny
@@ -125,10 +125,10 @@ def test_pictures_are_the_tiles() -> None:
     source, _, program = traced()
     inputs = made(source, 3, [[2]]).inputs
     counts = [tiles_of(source, size) for size in inputs["image_sizes"].tolist()]
-    pictures = llava_next.pictures(program.info, inputs)
+    pictures = FAMILIES["llava_next"].pictures(program.info, inputs)
     assert len(pictures) == sum(counts)
     assert torch.equal(pictures[counts[0]], inputs["pixel_values"][1, 0])
-    assert llava_next.pictures(program.info, {}) == []
+    assert FAMILIES["llava_next"].pictures(program.info, {}) == []
 
 
 # --- what does not fit, and what is not supported -------------------------------------------------------

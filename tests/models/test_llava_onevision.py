@@ -14,7 +14,7 @@ import foveate.kernels  # registers what the ops compute
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.program import Program
 from foveate.models import anyres, llava_onevision
-from foveate.models.registry import trace_program
+from foveate.models.registry import FAMILIES, trace_program
 from foveate.report.kept import kept_masks
 from tests.ir.programs import once
 from tests.models import decoders, tiny
@@ -139,7 +139,7 @@ def test_masks_and_pictures_are_those_of_tiles_shrunk_images_and_frames() -> Non
     masks = kept_masks(program.info, {"input_ids": ids, **given}, range(0, 9))
     assert [(len(mask), len(mask[0])) for mask in masks] == [*[(3, 3)] * 4, (4, 4), (2, 2), (2, 2)]
     assert [sum(map(sum, mask)) for mask in masks] == [9, 0, 0, 0, 0, 0, 0]
-    pictures = llava_onevision.pictures(program.info, given)
+    pictures = FAMILIES["llava_onevision"].pictures(program.info, given)
     assert [tuple(picture.shape[1:]) for picture in pictures] == [*[(26, 26)] * 4, (78, 78), (26, 26), (26, 26)]
     assert torch.equal(pictures[4][:, 26:52, 52:], pixels[1, 1 + 3 + 2])
 

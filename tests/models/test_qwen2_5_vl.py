@@ -16,7 +16,7 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.cost import cost_of
 from foveate.ir.program import info
 from foveate.models import qwen2_5_vl
-from foveate.models.registry import trace_program
+from foveate.models.registry import FAMILIES, trace_program
 from foveate.passes.pipeline import apply_pipeline
 from tests.ir.programs import once
 from tests.models import decoders, tiny
@@ -54,7 +54,7 @@ def test_windows_are_those_of_transformers(grids: list[list[int]]) -> None:
     expected, bounds = vision_utils.get_vision_window_index(given["image_grid_thw"], 2, 32, 8)
     assert torch.equal(order, expected)
     assert torch.equal(counts.cumsum(0) * 4, bounds[1:])
-    found = qwen2_5_vl.vision_given(program.info, given)
+    found = FAMILIES["qwen2_5_vl"].vision_given(program.info, given)
     assert found is not None
     assert torch.equal(found["cu_window_seqlens"], bounds)
     assert torch.equal(found["cu_seqlens"], vision_utils.get_vision_cu_seqlens(given["image_grid_thw"]))
@@ -66,11 +66,11 @@ def test_the_vision_graph_is_the_transformers_tower_for_any_grid(grids: list[lis
     given = tower_inputs(grids)
     with torch.no_grad():
         expected = source.model.visual(given["pixel_values"], given["image_grid_thw"]).pooler_output
-    inputs = qwen2_5_vl.vision_given(program.info, given)
+    inputs = FAMILIES["qwen2_5_vl"].vision_given(program.info, given)
     assert inputs is not None
     out = run(program, program.graphs["vision"], inputs)
     kinds = torch.full((len(expected),), program.info.image_token_id)
-    where = qwen2_5_vl.layout(program.info, given, kinds, out)
+    where = FAMILIES["qwen2_5_vl"].layout(program.info, given, kinds, out)
     torch.testing.assert_close(out["out"][where.feature], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_positions_are_those_of_transformers(padding: str, times: str) -> None:
         kinds = (ids == program.info.image_token_id).int() + 2 * (ids == program.info.video_token_id).int()
         grids = {n: inputs.get(n) for n in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
         expected, _ = source.model.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=mask, **grids)
-        assert torch.equal(qwen2_5_vl.positions(program.info, inputs, ids, mask.bool()), expected)
+        assert torch.equal(FAMILIES["qwen2_5_vl"].positions(program.info, inputs, ids, mask.bool()), expected)
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(0.6, [0, 1, 2]), (0.75, [0, 1, 3]), (2.0, [0, 4, 8])])
@@ -136,7 +136,7 @@ def test_frames_stand_at_their_times(seconds: float, times: list[int]) -> None:
     program = traced()[2]
     ids = torch.tensor([[5, *[program.info.video_token_id] * 3, 6]])
     given = {"video_grid_thw": torch.tensor([[3, 2, 2]]), "second_per_grid_ts": torch.tensor([seconds])}
-    found = qwen2_5_vl.positions(program.info, given, ids, torch.ones_like(ids, dtype=torch.bool))
+    found = FAMILIES["qwen2_5_vl"].positions(program.info, given, ids, torch.ones_like(ids, dtype=torch.bool))
     assert found[:, 0].tolist() == [[0, *(1 + time for time in times), 2], [0, 1, 1, 1, 2], [0, 1, 1, 1, 2]]
 
 

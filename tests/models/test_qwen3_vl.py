@@ -15,8 +15,7 @@ from foveate import ops
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.cost import cost_of
 from foveate.ir.program import args_of, info
-from foveate.models import qwen3_vl
-from foveate.models.registry import family_of, trace_program
+from foveate.models.registry import FAMILIES, family_of, trace_program
 from foveate.passes.pipeline import apply_pipeline
 from tests.ir.programs import once
 from tests.models import decoders, tiny
@@ -53,7 +52,7 @@ def tower_inputs(grids: list[list[int]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("grids", GRIDS)
 def test_learned_positions_are_interpolated_as_by_transformers(grids: list[list[int]]) -> None:
     given = tower_inputs(grids)
-    found = qwen3_vl.vision_given(traced()[2].info, given)
+    found = FAMILIES["qwen3_vl"].vision_given(traced()[2].info, given)
     assert found is not None
     options = {"mode": "bilinear", "align_corners": True, "spatial_merge_size": 2}
     indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(given["image_grid_thw"], 6, **options)
@@ -67,7 +66,7 @@ def test_the_vision_graph_is_the_transformers_tower_for_any_grid(grids: list[lis
     given = tower_inputs(grids)
     with torch.no_grad():
         expected = source.model.visual(given["pixel_values"], given["image_grid_thw"])
-    inputs = qwen3_vl.vision_given(program.info, given)
+    inputs = FAMILIES["qwen3_vl"].vision_given(program.info, given)
     assert inputs is not None
     found = run(program, program.graphs["vision"], inputs)
     torch.testing.assert_close(found["out"], expected.pooler_output, rtol=1e-5, atol=1e-5)
@@ -169,7 +168,7 @@ def test_positions_are_those_of_transformers(padding: str) -> None:
         kinds = (ids == program.info.image_token_id).int() + 2 * (ids == program.info.video_token_id).int()
         grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
         expected, _ = source.model.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=mask, **grids)
-        assert torch.equal(qwen3_vl.positions(program.info, inputs, ids, mask.bool()), expected)
+        assert torch.equal(FAMILIES["qwen3_vl"].positions(program.info, inputs, ids, mask.bool()), expected)
 
 
 def test_training_in_every_stream() -> None:

@@ -21,6 +21,7 @@ from tests.oracle.masks import Masks, Neighbors, Prune
 MODELS: dict[str, Any] = {
     "internvl, llama": lambda: tiny.internvl("llama", vision={"image_size": 48}),
     "internvl, qwen2": lambda: tiny.internvl("qwen2", vision={"image_size": 48}),
+    "internvl, qwen3": lambda: tiny.internvl("qwen3", vision={"image_size": 48}),
     "internvl, phi3": lambda: tiny.internvl("phi3", vision={"image_size": 48}),
     "qwen2-vl": tiny.qwen2_vl,
     "llava-next, llama": tiny.llava_next,

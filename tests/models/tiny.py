@@ -113,8 +113,9 @@ def internvl(decoder: str = "llama", device: str = "cpu", vision: dict[str, Any]
         **(vision or {}),
     }
     rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta", 10000.0)}
+    own = {"head_dim": 16} if decoder == "qwen3" else {}  # wider than a share of the hidden size, as some Qwen3 have
     config = InternVLConfig(
-        text_config={"model_type": decoder, **TEXT, "rope_parameters": rope, **text},
+        text_config={"model_type": decoder, **TEXT, **own, "rope_parameters": rope, **text},
         vision_config=tower,
         image_token_id=VOCAB - 1,
         image_seq_length=4,

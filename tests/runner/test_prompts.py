@@ -12,7 +12,7 @@ import torch
 from foveate import ops, streams
 from foveate.errors import InputError
 from foveate.ir import layout
-from foveate.models import tiles
+from foveate.models.registry import FAMILIES
 from foveate.runner.prompts import NOWHERE, PAD, Images, Vocabulary, arrange
 from tests.ir.programs import TOKENS, weightless
 
@@ -60,7 +60,7 @@ def test_streams_are_those_of_torch(seed: int) -> None:
         out = {name: torch.from_numpy(value) for name, value in parts.items() if value is not None}
     image = INFO.visual(given[0])
     pixels = {} if out is None else {"pixel_values": torch.empty(len(out["out"]), 0)}
-    placed = tiles.layout(INFO, pixels, given[0][image], out)
+    placed = FAMILIES["llava"].layout(INFO, pixels, given[0][image], out)
     expected = streams.arrange(given[0], image, placed, *streams.shorten(given[0], image, placed, *given[1:]))
     found = arrange(ABOUT, ids, mask, positions, images)
     for name in ("visual", "text"):
