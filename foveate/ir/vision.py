@@ -30,13 +30,15 @@ OTHERS = {
     "qwen2_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
     "qwen2_5_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
     "qwen3_vl": "it has no CLS token, and features of several depths belong to each token",
-    "llava_next": "rows of several tiles stand side by side, with newlines between that are no patches",
     "llava_onevision": "it has no CLS token, and shrinks images and frames behind the tower",
 }
 """Family -> why its tower is not one of those that selections know."""
 
 SQUARES = ("internvl", "smolvlm", "idefics3", "gemma3")
 """Families that make a token of a square of patches, all images of one size."""
+
+INTERLEAVED = "llava_next"
+"""A family whose tiles' rows stand side by side, with newlines between: the projector's tokens are given one more."""
 
 
 class Tower:
@@ -50,7 +52,7 @@ class Tower:
 
     def __init__(self, edit: Rewriter, name: str, projected: bool = False) -> None:
         about = edit.program.info
-        if about.family not in ("llava", *SQUARES):
+        if about.family not in ("llava", INTERLEAVED, *SQUARES):
             why = OTHERS.get(about.family, "it is not known how that makes its tokens")
             raise PassError(
                 f"{name}: visual tokens cannot be selected in the vision tower of {about.family}: {why}; select in the "
@@ -69,6 +71,8 @@ class Tower:
         self.attentions = [n for n in edit.graph.nodes if n.target == ops.encoder_attention]
         self.layers = info(self.attentions[-1]).layer + 1 if self.attentions else 0
         self.end = edit.graph.output_node() if projected else next(n for n in edit.graph.nodes if self._projects(n))
+        if projected and about.family == INTERLEAVED:
+            self.end = outputs(edit.graph)["out"]
         self.side, self.has_cls = 1, True
         if about.family in SQUARES:
             length = int(shape(args_of(self.attentions[0])[1])[2])
@@ -86,8 +90,11 @@ class Tower:
     @property
     def tokens(self) -> fx.Node:
         """What is selected from: [I, n, C], n of the image's N tokens."""
-        node: fx.Node = outputs(self.edit.graph)["out"] if self.end.op == "output" else args_of(self.end)[0]
-        return node
+        if self.end.op == "output":
+            node: fx.Node = outputs(self.edit.graph)["out"]
+        else:
+            node = args_of(self.end)[0]
+        return node[0] if isinstance(node, (list, tuple)) else node
 
     def about(self, role: str = "select") -> NodeInfo:
         """Why a node that selects is there."""
@@ -107,8 +114,18 @@ class Tower:
         if not self.whole:
             raise PassError(f"{self.name}: the vision tower already selects visual tokens; put {self.name} before that")
 
+    def check_moves(self) -> None:
+        """Raise PassError where tokens stand among newlines, so that none may take another's place."""
+        if self.edit.program.info.family == INTERLEAVED:
+            raise PassError(
+                f"{self.name}: in a {INTERLEAVED} rows of several tiles stand side by side, with newlines between, and "
+                f"what {self.name} makes of a tile has no place there; fastervlm, vispruner and divprune leave tokens "
+                "where they are"
+            )
+
     def check_single(self) -> None:
         """Raise PassError where a token is a square of patches, which what works inside the tower would tear apart."""
+        self.check_moves()
         if self.side > 1:
             raise PassError(
                 f"{self.name}: in the tower of {self.edit.program.info.family} a token is {self.side} x {self.side} "

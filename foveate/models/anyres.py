@@ -113,14 +113,28 @@ def sample_given(info: ModelInfo, sizes: Tensor, generator: torch.Generator) -> 
     return {"pixel_values": torch.randn(tiles, *info.image_size, generator=generator), "image_sizes": sizes}
 
 
-def patches(info: ModelInfo, numbers: Tensor, tiles: int) -> Layout:
-    """The layout of patches, counted through all tiles of a batch, and newlines: int64 [P]."""
+def patches(info: ModelInfo, numbers: Tensor, tiles: int, source: Tensor | None = None) -> Layout:
+    """The layout of patches, counted through all tiles of a batch, and newlines: int64 [P].
+
+    source: int64 [T, k], the places in their tiles of the patches that a selection left, if one did: they stay where
+    they are, and the others are gone.
+    """
     tokens = info.tokens_per_image
     tile, place = numbers // tokens, numbers % tokens
     coords = torch.stack([tile, place // info.grid[1], place % info.grid[1]], dim=1)
     patch = numbers != NEWLINE
     sizes = torch.tensor(info.grid).expand(tiles, 2)
-    return Layout(feature_of(info, numbers), coords.masked_fill(~patch[:, None], NEWLINE), patch, sizes=sizes)
+    coords = coords.masked_fill(~patch[:, None], NEWLINE)
+    if source is None:
+        return Layout(feature_of(info, numbers), coords, patch, sizes=sizes)
+    count = source.shape[1]
+    first = torch.arange(len(source), device=source.device)[:, None]
+    left = torch.full((tiles * tokens + 1,), -1, device=source.device)
+    left[first * tokens + source] = first * (count + 1) + torch.arange(count, device=source.device)
+    left[NEWLINE] = count
+    feature = left[numbers]
+    here = torch.arange(len(numbers), device=numbers.device)
+    return Layout(feature.clamp(min=0), coords, patch, here, feature < 0, sizes)
 
 
 def feature_of(info: ModelInfo, numbers: Tensor) -> Tensor:

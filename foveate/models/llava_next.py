@@ -65,7 +65,10 @@ class LlavaNext(Llava):
         return {"pixel_values": tiles} if len(tiles) else None
 
     def layout(self, info: ModelInfo, given: Given, kinds: Tensor, out: Given | None) -> Layout:
-        """The whole of an image, then its tiles with newlines; every tile has a grid of its own."""
+        """The whole of an image, then its tiles with newlines; every tile has a grid of its own.
+
+        A selection leaves patches where they are, and newlines all.
+        """
         numbers, tiles = [torch.zeros(0, dtype=torch.int64)], 0
         for size in anyres.sizes_of(given):
             mine = anyres.image_numbers(info, size)
@@ -73,7 +76,7 @@ class LlavaNext(Llava):
             tiles += anyres.tile_count(info, size)
         found = torch.cat(numbers).to(kinds.device)
         anyres.check_count("image", len(kinds), len(found))
-        return anyres.patches(info, found, tiles)
+        return anyres.patches(info, found, tiles, None if out is None else out.get("source"))
 
     def sample(self, info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
         """Noise of random sizes."""

@@ -1,4 +1,4 @@
-"""Selections in towers that make a token of a square of patches: equal to transformers on tokens that lists choose."""
+"""Selections in other towers than LLaVA's: equal to transformers on tokens that lists choose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from foveate.model import OptimizedModel
 from tests.ir.programs import once
 from tests.models import tiny
 from tests.models.prompts import made
-from tests.oracle import squares
+from tests.oracle import squares, vision
+from tests.oracle.anyres import tiles_of
 from tests.oracle.masked import masked_forward, masked_greedy
 from tests.oracle.masks import Masks, Prune
 from tests.oracle.vision import Tokens, divprune, shorten
@@ -121,3 +122,66 @@ def test_with_what_works_in_the_decoder(name: str, padding: str) -> None:
 def test_what_does_not_fit_is_refused(passes: str, message: str) -> None:
     with pytest.raises(PassError, match=message):
         optimized("internvl", passes)
+
+
+NEXT: dict[str, tuple[str, Oracle]] = {
+    "fastervlm": ("fastervlm{keep=0.5}", lambda seen: vision.fastervlm(0.5)(seen)),
+    "vispruner": ("vispruner{keep=0.5}", lambda seen: vision.vispruner(0.5)(seen)),
+    "divprune": ("divprune{keep=0.4}", lambda seen: divprune(seen.model, _whole(seen), 0.4)),
+    "both": ("fastervlm{keep=0.7},divprune{keep=0.7}", lambda seen: _both(seen)),
+}
+
+
+def _whole(seen: vision.Seen) -> list[Tokens]:
+    return vision.projected(seen.model, [Tokens(x[1:], list(range(len(x) - 1))) for x in seen.features])
+
+
+def _both(seen: vision.Seen) -> list[Tokens]:
+    return divprune(seen.model, vision.projected(seen.model, vision.fastervlm(0.7)(seen)), 0.7)
+
+
+@once
+def next_source() -> Any:
+    return tiny.llava_next()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("method", NEXT)
+def test_tiles_side_by_side_keep_their_tokens_where_they_are(method: str, padding: str) -> None:
+    passes, oracle = NEXT[method]
+    model = next_source()
+    mine = foveate.optimize(model, passes)
+    for seed, rows in enumerate(ROWS):
+        batch = made(model, seed, rows, padding)
+        inputs = batch.inputs
+        ids, gone = inputs["input_ids"], torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        with torch.no_grad():
+            features: list[Tokens] = []
+            if "pixel_values" in inputs:
+                pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
+                if pixels.dim() == 5:
+                    pixels = torch.cat([x[: tiles_of(model, size)] for x, size in zip(pixels, sizes.tolist())])
+                kept = [x.source for x in oracle(vision.see(model, pixels))]
+                for place, (tile, row, column) in zip(
+                    (batch.coords[..., 0] >= 0).nonzero(), batch.coords[batch.coords[..., 0] >= 0].tolist(), strict=True
+                ):
+                    gone[tuple(place)] = row * mine.program.info.grid[1] + column not in kept[tile]
+                whole = torch.cat(model.model.get_image_features(inputs["pixel_values"], sizes).pooler_output)
+                features = [Tokens(whole[~gone[ids == model.config.image_token_id]], [])]
+            left = [row[stays] for row, stays in zip(ids, inputs["attention_mask"].bool() & ~gone, strict=True)]
+            width = max(map(len, left))
+            short = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in left])
+            given = {"input_ids": short, "attention_mask": (short != 0).long()}
+            with squares.showing(model, given, features) as given:
+                expected = masked_forward(model, given)
+                found = mine(**inputs)
+                torch.testing.assert_close(found.logits[:, 0], expected.logits, rtol=0, atol=1e-4)
+                if padding == "left":
+                    answer = mine.generate(**inputs, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
+                    assert torch.equal(answer, masked_greedy(model, given, Masks(), 4)), rows
+
+
+@pytest.mark.parametrize("passes", ["visionzip{dominant=2,contextual=1}", "prumerge", "average-pool{factor=3}", "tome"])
+def test_what_makes_other_tokens_has_no_place_for_them_there(passes: str) -> None:
+    with pytest.raises(PassError, match="in a llava_next rows of several tiles stand side by side, with newlines"):
+        foveate.optimize(next_source(), passes)

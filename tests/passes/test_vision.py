@@ -27,7 +27,7 @@ from foveate.passes import (
     VisPruner,
 )
 from foveate.passes.pipeline import apply_pipeline
-from tests.models.tiny import llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
+from tests.models.tiny import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from tests.oracle import vision
 from tests.oracle.masked import masked_forward
 from tests.oracle.masks import Masks, Neighbors, Prune
@@ -296,7 +296,6 @@ TOWERS = [
     (qwen2_vl, "it has no CLS token"),
     (qwen2_5_vl, "it has no CLS token"),
     (qwen3_vl, "features of several depths"),
-    (llava_next, "rows of several tiles stand side by side"),
     (llava_onevision, "it has no CLS token, and shrinks images"),
 ]
 

@@ -35,6 +35,7 @@ class AveragePool(Pass):
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         tower = Tower(edit, self.name)
+        tower.check_moves()
         tower.check_whole()
         height, width = edit.program.info.grid
         if height % self.factor or width % self.factor:

@@ -49,6 +49,7 @@ class PruMerge(Pass):
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         tower = Tower(edit, self.name)
+        tower.check_moves()
         tower.check_whole()
         if self.keep is not None and int(self.keep * edit.program.info.tokens_per_image) < 1:
             raise PassError(f"{self.name}: keep={self.keep} leaves an image no token, not even the one for the rest")

@@ -16,7 +16,6 @@ from typing import ClassVar
 
 from torch import fx
 
-from foveate.ir.program import outputs
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.vision import Tower
 from foveate.passes.base import Pass
@@ -55,4 +54,4 @@ class VisionSelection(Pass):
 
 def kept_text(edit: Rewriter) -> str:
     """How many tokens of how many an image is left with."""
-    return f"{outputs(edit.graph)['out'].meta['val'].shape[1]} of {edit.program.info.tokens_per_image}"
+    return f"{edit.program.tokens_left} of {edit.program.info.tokens_per_image}"

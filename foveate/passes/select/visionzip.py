@@ -45,6 +45,7 @@ class VisionZip(Pass):
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         tower = Tower(edit, self.name)
+        tower.check_moves()
         tower.check_whole()
         whole = edit.program.info.tokens_per_image
         dominant, contextual = count_of(self.dominant, whole), count_of(self.contextual, whole)
