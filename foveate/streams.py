@@ -82,8 +82,9 @@ def arrange(
     left = _stream(visual, position_ids, order, right=False)
     right = _stream(text, position_ids, order, right=True)
     ends = position_ids.gather(-1, last.expand(*position_ids.shape[:-1], 1))
-    if position_ids.dim() > 2:  # an image's last token need not be the one farthest along
-        ends = position_ids.masked_fill(~real, -1).amax((0, 2))[:, None]
+    if position_ids.dim() > 2:  # an image's last token need not be the one farthest along, nor be left
+        there = real if layout.gone is None else real | _at(image, layout.gone)
+        ends = position_ids.masked_fill(~there, -1).amax((0, 2))[:, None]
     coords = torch.stack([_at(image, axis) for axis in layout.coords.unbind(1)], dim=2)
     coords = _take(coords, left.index).masked_fill((left.order == PAD)[..., None], -1)
     whole = layout.origin is None
@@ -112,12 +113,12 @@ def shorten(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention mask and position ids of a batch of prompts [B, S] whose images became fewer tokens than they have.
 
-    The tokens that are left take the first places of their image; the others are hidden like padding, and positions
-    go on without a gap. Raises InputError where a prompt is all padding.
+    What is gone is hidden like padding, and positions [B, S] go on without a gap; those of M-RoPE [3, B, S], which say
+    where in its image a token stands, stay. Raises InputError where a prompt is all padding.
     """
     if layout.gone is not None:
         gone = _at(image, layout.gone)
-        if position_ids is not None:
+        if position_ids is not None and position_ids.dim() == 2:
             hidden = gone if attention_mask is None else gone & attention_mask.bool()
             position_ids = position_ids - hidden.cumsum(1)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -230,7 +230,7 @@ class Program:
     @property
     def shortens(self) -> bool:
         """Whether the vision graph makes fewer visual tokens of an image than the prompt has for it."""
-        return "source" in outputs(self.graphs["vision"])
+        return not outputs(self.graphs["vision"]).keys().isdisjoint(("source", "stays"))
 
     @property
     def depends_on_image(self) -> bool:
@@ -242,7 +242,11 @@ class Program:
         """How many visual tokens the vision graph makes of an image, at most."""
         if not self.shortens:
             return self.info.tokens_per_image
-        source: Tensor = outputs(self.graphs["vision"])["source"].meta["val"]
+        found = outputs(self.graphs["vision"])
+        if "stays" in found:
+            keep: float = args_of(found["stays"])[5]
+            return int(keep * self.info.tokens_per_image)
+        source: Tensor = found["source"].meta["val"]
         return int(source.shape[1])
 
     @property

@@ -37,12 +37,12 @@ OUTPUTS = {"vision": {"out"}, "vision_rest": {"out"}, "prefill": {"logits", "kv"
 """What each graph returns."""
 
 BESIDES = {
-    "vision": {"source", "count", "deepstack"},
+    "vision": {"source", "count", "stays", "deepstack"},
     "vision_rest": {"source", "count"},
     "prefill": {"statistics", "held"},
     "decode": {"scores"},
 }
-"""What a graph may return besides; see `foveate.ir.vision`, `foveate.ir.observe` and `foveate.ir.kv`."""
+"""What a graph may return besides; see `foveate.ir`: `vision`, `packed`, `observe` and `kv`."""
 
 
 def interface(program: Program, name: str, graph: fx.Graph) -> Complaints:

@@ -54,6 +54,8 @@ _VISION = (
     ops.join_tokens,
     ops.received,
     ops.column_means,
+    ops.segment_means,
+    ops.segment_tokens,
     ops.crossget,
     ops.cls_curve,
     aten.detach.default,

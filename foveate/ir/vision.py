@@ -20,19 +20,20 @@ from torch import Tensor, fx
 
 from foveate import ops
 from foveate.errors import PassError
+from foveate.ir.packed import PACKED
 from foveate.ir.program import NodeInfo, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, shape
 from foveate.ir.tail import END
 
 aten = torch.ops.aten
 
+IN_THE_DECODER = "; select in the decoder, with fastv or dart for instance"
+
 OTHERS = {
-    "qwen2_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
-    "qwen2_5_vl": "it has no CLS token, and a token is four patches of one sequence that all images share",
-    "qwen3_vl": "it has no CLS token, and features of several depths belong to each token",
-    "llava_onevision": "it has no CLS token, and shrinks images and frames behind the tower",
+    **dict.fromkeys(PACKED, "images stand in one sequence there, and are chosen from, not merged; take divprune, say"),
+    "llava_onevision": f"it has no CLS token, and shrinks images and frames behind the tower{IN_THE_DECODER}",
 }
-"""Family -> why its tower is not one of those that selections know."""
+"""Family -> why its tower is not one of those that selections know, and what there is instead."""
 
 SQUARES = ("internvl", "smolvlm", "idefics3", "gemma3")
 """Families that make a token of a square of patches, all images of one size."""
@@ -53,11 +54,8 @@ class Tower:
     def __init__(self, edit: Rewriter, name: str, projected: bool = False) -> None:
         about = edit.program.info
         if about.family not in ("llava", INTERLEAVED, *SQUARES):
-            why = OTHERS.get(about.family, "it is not known how that makes its tokens")
-            raise PassError(
-                f"{name}: visual tokens cannot be selected in the vision tower of {about.family}: {why}; select in the "
-                "decoder, with fastv or dart for instance"
-            )
+            why = OTHERS.get(about.family, f"it is not known how that makes its tokens{IN_THE_DECODER}")
+            raise PassError(f"{name}: visual tokens cannot be selected so in the vision tower of {about.family}: {why}")
         if "vision_rest" in edit.program.graphs:
             cut_by = info(outputs(edit.graph)["count"]).by
             raise PassError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.kernels.neighbor.dispatch import planned
-from foveate.ops import attention_pairs, distinct_pairs, summed_pairs
+from foveate.ops import attention_pairs, distinct_pairs, segment_flops, summed_pairs
 
 
 def _attention(
@@ -56,6 +56,17 @@ def _encoder_attention(q: Tensor, k: Tensor, *rest: Any, **also: Any) -> int:
 def _varlen_attention(q: Tensor, k: Tensor, v: Any, cu_seqlens: Tensor, *rest: Any, **also: Any) -> int:
     lengths = cu_seqlens.diff()
     return 4 * q.shape[1] * q.shape[3] * int((lengths * lengths).sum())
+
+
+def _segment_means(q: Tensor, k: Tensor, cu_seqlens: Tensor, *rest: Any, **also: Any) -> int:
+    return _varlen_attention(q, k, None, cu_seqlens) // 2
+
+
+def _segment_tokens(
+    by: str, x: Tensor, row: Any, cu_seqlens: Tensor, patches: int, keep: float, share: float, **also: Any
+) -> int:
+    lengths = (cu_seqlens // patches).diff().tolist()
+    return sum(segment_flops(by, length, x.shape[1], keep, share) for length in lengths)
 
 
 def _row(q: Tensor, k: list[Tensor], *rest: Any, **also: Any) -> int:
@@ -176,6 +187,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "tome": _tome,
     "received": _received,
     "column_means": _received,
+    "segment_means": _segment_means,
+    "segment_tokens": _segment_tokens,
     "crossget": _crossget,
     "cls_curve": _cls_curve,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,14 @@ GRID = (16, 16)
 
 Block = tuple[Sequence[int], int, int]
 """Visual tokens that stand in one piece: the time of each frame, rows, and columns."""
+
+
+def left(layout: Layout, out: Given | None) -> Layout:
+    """A layout without the tokens that a selection let go: those that do not stay by `out`."""
+    if out is None or "stays" not in out:
+        return layout
+    here = torch.arange(len(layout), device=layout.feature.device)
+    return replace(layout, origin=here, gone=~out["stays"][layout.feature])
 
 
 class Packed(Family):
@@ -110,7 +119,7 @@ class Packed(Family):
                 coords[mine] = torch.cat(places).to(kinds.device)
                 feature[mine] = torch.arange(tokens, tokens + count, device=kinds.device)
             tokens, units = tokens + count, units + len(frames)
-        return Layout(feature, coords, torch.ones_like(video))
+        return left(Layout(feature, coords, torch.ones_like(video)), out)
 
     def sample(self, info: ModelInfo, images: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
         """Noise on random grids."""

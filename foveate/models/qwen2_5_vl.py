@@ -92,9 +92,9 @@ class Qwen25VL(Packed):
 
     def layout(self, info: ModelInfo, given: Given, kinds: Tensor, out: Given | None) -> Layout:
         """As for Qwen2-VL; the embeddings are those of windows."""
-        made = super().layout(info, given, kinds, out)
+        made = super().layout(info, given, kinds, None)
         place = _windows(info, given)[0].argsort().to(kinds.device)
-        return replace(made, feature=place[made.feature])
+        return packed.left(replace(made, feature=place[made.feature]), out)
 
     def positions(self, info: ModelInfo, given: Given, ids: Tensor, real: Tensor) -> Tensor:
         """Positions int64 [3, B, S]: see `foveate.models.packed.mrope`; a video's frames stand at their times.

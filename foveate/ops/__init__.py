@@ -41,6 +41,7 @@ from foveate.ops.kv import (
 from foveate.ops.learned import cross_attention, decide, mean_token, weighted_attention
 from foveate.ops.library import BLOCK, FEW_QUERIES, LIBRARY, PAD
 from foveate.ops.relevance import determinant_scores, relevance
+from foveate.ops.segments import segment_flops, segment_means, segment_tokens
 from foveate.ops.selection import attention_row, grid_scores, places, random_scores, take_tokens, top_tokens
 from foveate.ops.statistics import activity, attention_statistics, divergence
 from foveate.ops.tower import cls_curve, column_means, crossget, join_tokens, padded_keys, received, tome
@@ -95,6 +96,9 @@ __all__ = [
     "recycle_tokens",
     "relevance",
     "residual",
+    "segment_flops",
+    "segment_means",
+    "segment_tokens",
     "snapkv_tokens",
     "summed_pairs",
     "take_keys",

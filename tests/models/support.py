@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 TOLERANCE = 1e-4
 
 TEXTS = {
-    "average-pool": "average-pool{factor=2}",
+    "average-pool": "average-pool{factor=SIDE}",
     "cdpruner": "cdpruner{keep=0.5,clip=none}",
     "cls-curve": "cls-curve{layer=0}",
     "crossget": "crossget{merge=3}",
@@ -52,16 +52,18 @@ TEXTS = {
     "snapkv": "snapkv{capacity=8,window=2}",
     "sparsevlm": "sparsevlm{layers=[0,1],keeps=[0.5,0.25]}",
     "tome": "tome{merge=3}",
-    "visionzip": "visionzip{dominant=5,contextual=3}",
+    "visionzip": "visionzip{dominant=0.3,contextual=0.3}",
     "vispruner": "vispruner{keep=0.5}",
 }
-"""Each pass as it is tried, on decoders of three layers."""
+"""Each pass as it is tried, on decoders of three layers; SIDE: the least number that divides the rows of an image."""
 
 BOTH, EAGER, REFUSED = "eager, ONNX", "eager", "-"
 
 
 def tried(model: Any, program: Any, text: str, inputs: dict[str, Any]) -> tuple[str, str]:
     """Where a pass runs, and why not where it does not: eager torch must answer, and ONNX Runtime the same."""
+    rows = program.info.grid[0]
+    text = text.replace("SIDE", str(next(n for n in range(2, rows + 1) if rows % n == 0)))
     (chosen,) = resolve(text)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("error", FoveateWarning)
@@ -94,6 +96,7 @@ def reason(name: str, family: str, why: str) -> str:
     why = (
         why.removeprefix(f"{name}: ")
         .replace(f"tower of {family}: ", "tower: ")
+        .replace(f"tower of {family} ", "tower ")
         .replace(f"norms of {family} ", "norms ")
     )
     return re.sub(rf"^{name}.*? cannot be|{name}", lambda found: "it cannot be" if " " in found[0] else "the pass", why)

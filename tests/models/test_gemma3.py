@@ -172,7 +172,7 @@ def test_passes_apply_and_save_prefill_work(pipeline: str) -> None:
         ("neighbor-attention{radius=1}", r"neighbor-attention: in layer 0 a token sees only the last 6 tokens, which"),
         ("snapkv{capacity=12,window=6}", r"snapkv: in layer \d a token sees"),
         ("heavy-recent{heavy=8,recent=8}", r"heavy-recent: in layer \d a token sees"),
-        ("fastervlm{keep=0.5}", r"the vision tower of gemma3: it has no CLS token, and a token is the mean of the pat"),
+        ("cls-curve{layer=0}", r"in the tower of gemma3 a token is 2 x 2 patches, and cls-curve works on single ones"),
     ],
 )
 def test_passes_that_do_not_know_how_far_tokens_see_are_refused(passes: str, message: str) -> None:

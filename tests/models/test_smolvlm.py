@@ -85,10 +85,9 @@ def test_passes_apply_and_save_prefill_work(pipeline: str) -> None:
 
 
 @each
-def test_selections_in_the_tower_are_refused(kind: str) -> None:
-    message = rf"fastervlm: visual tokens cannot be selected in the vision tower of {kind}: it has no CLS token"
-    with pytest.raises(PassError, match=message):
-        apply_pipeline(traced(kind)[2].copy(), "fastervlm{keep=0.5}")
+def test_what_works_on_single_patches_is_refused(kind: str) -> None:
+    with pytest.raises(PassError, match=rf"tome: in the tower of {kind} a token is 2 x 2 patches, and tome works on"):
+        apply_pipeline(traced(kind)[2].copy(), "tome{merge=1}")
 
 
 # --- what a processor makes -----------------------------------------------------------------------------

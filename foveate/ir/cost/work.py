@@ -242,6 +242,20 @@ def _varlen_attention(node: fx.Node, sizes: Sizes) -> int:
     return 4 * batch * heads * size * count * count // segments
 
 
+def _segment_means(node: fx.Node, sizes: Sizes) -> int:
+    batch, heads, count, size = sizes.shape(args_of(node)[0])
+    segments = max(1, sizes.shape(args_of(node)[2])[0] - 1)
+    return 2 * batch * heads * size * count * count // segments
+
+
+def _segment_tokens(node: fx.Node, sizes: Sizes) -> int:
+    """Segments of equal length."""
+    by, x, _, bounds, _, keep, share = args_of(node)
+    count, width = sizes.shape(x)
+    segments = max(1, sizes.shape(bounds)[0] - 1)
+    return segments * ops.segment_flops(by, count // segments, width, keep, share)
+
+
 def _row(node: fx.Node, sizes: Sizes) -> int:
     batch, heads, rows, size = sizes.shape(args_of(node)[0])
     return 2 * batch * heads * rows * size * sum(sizes.shape(k)[2] for k in args_of(node)[1])
@@ -350,6 +364,8 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     ops.tome: _tome,
     ops.received: _received,
     ops.column_means: _received,
+    ops.segment_means: _segment_means,
+    ops.segment_tokens: _segment_tokens,
     ops.crossget: _crossget,
     ops.cls_curve: _cls_curve,
 }

@@ -67,6 +67,12 @@ class CDPruner(VisionSelection):
         theta = None if self.theta is None else float(self.theta)
         return tower.call(ops.determinant_scores, tower.tokens, relevance, float(self.keep), theta)
 
+    def by_segment(self) -> tuple[str, float]:
+        """By difference alone: PassError with a CLIP, which is not that of such a tower."""
+        if self.clip != "none":
+            raise PassError(f"{self.name}: clip must be none: a tower that takes images as one sequence is no CLIP's")
+        return "determinant", 0.0
+
     def how(self) -> str:
         """By the picks."""
         return "those that differ most" + ("" if self.clip == "none" else " and matter to the question")

@@ -31,6 +31,10 @@ class DivPrune(VisionSelection):
         """Picks."""
         return tower.call(ops.diverse_scores, tower.tokens, float(self.keep))
 
+    def by_segment(self) -> tuple[str, float]:
+        """The same in each segment."""
+        return "diverse", 0.0
+
     def how(self) -> str:
         """By the picks."""
         return "those that differ most"

@@ -30,6 +30,10 @@ class FasterVLM(VisionSelection):
         """The row."""
         return tower.left(tower.row(*tower.heads()))
 
+    def by_segment(self) -> tuple[str, float]:
+        """The same in each segment."""
+        return "row", 0.0
+
     def how(self) -> str:
         """By the row."""
         return "those that get most of the tower's attention"

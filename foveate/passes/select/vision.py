@@ -16,6 +16,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from foveate.errors import PassError
+from foveate.ir.packed import PACKED, keep_in_segments
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.vision import Tower
 from foveate.passes.base import Pass
@@ -39,6 +41,12 @@ class VisionSelection(Pass):
     def scores(self, tower: Tower) -> fx.Node:
         """Insert what computes the score of each token that is left: fp32 [I, n]."""
 
+    def by_segment(self) -> tuple[str, float]:
+        """The rule of `foveate::segment_tokens`, and its share, for families whose images stand in one sequence."""
+        raise PassError(
+            f"{self.name}: it does not say how it scores tokens in a tower that takes all images as one sequence"
+        )
+
     @abstractmethod
     def how(self) -> str:
         """By what tokens are kept, for the report."""
@@ -46,6 +54,9 @@ class VisionSelection(Pass):
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         check_removes(self.keep)
+        if edit.program.info.family in PACKED:
+            yield from keep_in_segments(edit, self.name, *self.by_segment(), float(self.keep), self.how())
+            return
         tower = Tower(edit, self.name, self.projected)
         with edit.before(tower.end):
             tower.keep(self.scores(tower), float(self.keep))

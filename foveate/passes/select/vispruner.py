@@ -42,6 +42,10 @@ class VisPruner(VisionSelection):
         row = tower.left(tower.row(*tower.heads()))
         return tower.call(ops.distinct_scores, row, tower.tokens, float(self.keep), float(self.important))
 
+    def by_segment(self) -> tuple[str, float]:
+        """The same in each segment."""
+        return "distinct", float(self.important)
+
     def how(self) -> str:
         """By both."""
         return "by the tower's attention and by difference"
