@@ -40,6 +40,7 @@ def same(a: Statistics, b: Statistics) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_eager_attention(counted: Statistics) -> None:
     model, processor = small_digits()
     expected = []

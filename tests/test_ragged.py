@@ -103,6 +103,7 @@ def test_one_long_and_three_short_prompts_cost_little_more_than_the_four_alone()
     assert together <= 1.25 * sum(flops(model, inputs) for inputs in alone)
 
 
+@pytest.mark.slow
 def test_what_evicts_keys_is_run_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveate.models.random import random_llava
 

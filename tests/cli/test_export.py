@@ -67,6 +67,7 @@ def test_refusals_are_one_line_and_leave_nothing(run: Run, folder: Path, exporte
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_package_that_disagrees_is_a_failed_gate(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_the_split_prefill_and_a_decode_step_are_the_transformers_decoder(decode
     decoders.check_split(source, program, prompt(visual=8, prefix=prefix))
 
 
+@pytest.mark.slow
 @each
 def test_text_form_join_and_meta(decoder: str) -> None:
     source, joint, program = traced(decoder)

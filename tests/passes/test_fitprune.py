@@ -73,6 +73,7 @@ def test_with_everything_else(gqa: Any, order: int, renorm: bool) -> None:
     check_pass(gqa, [*passes, DropVisualNeurons(0.5)][::order] + [CutVisual(3)], masks, FEW[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("options", [{}, {"metric": "euclidean", "causal": True}, {"see_prefix": False}])
 def test_with_neighbours(gqa: Any, order: int, options: dict[str, Any]) -> None:
@@ -115,6 +116,7 @@ def test_behind_the_vision_tower(gqa: Any) -> None:
     check_pass(gqa, [DivPrune(0.4), FitPrune(schedule=SCHEDULE)], Masks(prunes=PRUNES), FEW[:2], oracle)
 
 
+@pytest.mark.slow
 def test_a_saved_program_deletes_the_same(gqa: Any, tmp_path: Path) -> None:
     inputs = random_inputs(gqa, batch=3, images_per_row=[2, 0, 1], padding="left")
     optimized = optimize(gqa, [FitPrune(schedule=SCHEDULE)])

@@ -418,6 +418,7 @@ def test_steps_that_evict_are_not_captured(gqa: Any) -> None:
         optimized.capture_steps()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLES)
 def test_training_does_not_see_it(gqa: Any, name: str) -> None:
     inputs = random_inputs(gqa, batch=2)

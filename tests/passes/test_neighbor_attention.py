@@ -23,6 +23,7 @@ def near(radius: int, **options) -> Neighbors:
     return Neighbors((SIDE, SIDE), radius, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radius", [0, 1, 2, 9])
 def test_a_window(model, radius):
     check_pass(model, [NeighborAttention(radius)], Masks(neighbors=near(radius)))
@@ -47,6 +48,7 @@ def test_some_layers_only(mha):
 PRUNES = (Prune(1, 0.6, "fastv"), Prune(3, 0.5, "given"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_before_between_and_after_selections(model, place):
     passes = [FastV(1, 0.6), RandomPrune(3, 0.5, seed=1)]

@@ -108,6 +108,7 @@ def test_sparsevlm_by_rank_with_everything_else(gqa: Any) -> None:
         check_pass(gqa, passes, masks, FEW[:2])
 
 
+@pytest.mark.slow
 def test_sparsevlm_when_clusters_are_many() -> None:
     wide = random_llava(layers=2, visual_tokens=64, seed=3)
     check_pass(wide, [SparseVLM((0,), keeps=(0.1,))], by_raters((0,), (0.1,)), FEW[:2])
@@ -123,6 +124,7 @@ def test_the_stages_of_sparsevlm_are_its_codes(budget: int, counts: tuple[int, .
     assert {layer: places.shape[1] for layer, places in kept.items()} == dict(zip((3, 7, 16), counts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "keep"), [(1, 0.6), (3, 0.3)])
 def test_dart(model: Any, layer: int, keep: float) -> None:
     weight = model.model.language_model.norm.weight

@@ -50,12 +50,14 @@ METHODS: dict[str, tuple[Any, Vision]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_equals_its_oracle(deep: Any, name: str) -> None:
     method, oracle = METHODS[name]
     check_pass(deep, [method], Masks(), FEW, oracle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("name", ["tome", "crossget", "cls-curve"])
 def test_with_what_works_in_the_decoder(gqa: Any, name: str, order: int) -> None:
@@ -300,6 +302,7 @@ def test_what_changes_nothing_says_so(deep: Any) -> None:
             assert not optimize(deep, pipeline).program.shortens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "why"), [(0, "no layer of the tower"), ([-2, -3], "several layers")])
 def test_features_that_are_not_one_layers_are_refused(layer: Any, why: str) -> None:
     model = random_llava(layers=2)

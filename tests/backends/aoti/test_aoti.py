@@ -195,6 +195,7 @@ def test_entries_differ_by_what_code_depends_on(monkeypatch: pytest.MonkeyPatch)
             assert key_of(region) != before
 
 
+@pytest.mark.slow
 def test_a_region_has_the_same_text_in_a_program_that_was_read_again(tmp_path: Path) -> None:
     made = foveate.optimize(random_llava(layers=3), PASSES)
     made.save_pretrained(tmp_path / "saved")

@@ -66,12 +66,14 @@ def check(passes: str, kv_heads: int | None, prompts=PROMPTS) -> None:
         assert torch.equal(*answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [None, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("passes", PIPELINES)
 def test_logits_kept_tokens_and_answers_are_those_of_torch(passes: str, kv_heads: int | None) -> None:
     check(passes, kv_heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.7, 0.29, 0.5, 0.04, 1 / 3])
 def test_as_many_tokens_stay_as_python_counts(keep: float) -> None:
     # 0.7 * 10 is 7.0 and 0.29 * 100 is 28.999...: no fraction rounds as floats do.
@@ -92,6 +94,7 @@ def test_beams_and_several_tokens_at_once() -> None:
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_agrees_within_its_own_rounding() -> None:
     model = source(dtype=torch.float16)
     inputs = random_inputs(model)

@@ -65,6 +65,10 @@ def named(path: Path) -> list[str]:
 PAIRS = [(recipe, model) for recipe, path in sorted(recipes().items()) for model in named(path)]
 
 
+COMPARED = [("digits-yopo", "digits"), ("yopo-25", "llava-1.5-7b"), ("yopo-qwen2-vl-heads", "qwen2-vl-7b")]
+"""Those that are run as well; each takes minutes."""
+
+
 @functools.cache
 def traced(model: str) -> Any:
     source = SOURCES[model]()
@@ -84,8 +88,10 @@ def test_tensorrts_parser_would_take_every_graph_of_every_shipped_recipe(
     recipe: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare, "importable", lambda: False)
-    found = foveate.export(optimized(recipe, model), backend="tensorrt", output=tmp_path / "out")
-    assert found.parity is not None and found.parity.ok and found.parity.tokens and found.parity.difference < 1e-5
+    run = (recipe, model) in COMPARED
+    found = foveate.export(optimized(recipe, model), backend="tensorrt", output=tmp_path / "out", verify=run)
+    if run:
+        assert found.parity is not None and found.parity.ok and found.parity.tokens and found.parity.difference < 1e-5
     assert found.tensorrt.status == prepare.PREPARED
     graphs = json.loads((tmp_path / "out" / "trt" / "lint.json").read_text())["graphs"]
     assert set(graphs) == {*GRAPHS, "embed_tokens"}
@@ -103,10 +109,7 @@ def polygraphy_run(package: Path, graph: str, tolerance: str) -> subprocess.Comp
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("polygraphy") is None, reason="polygraphy is not installed")
-@pytest.mark.parametrize(
-    ("recipe", "model"),
-    [("digits-yopo", "digits"), ("yopo-25", "llava-1.5-7b"), ("yopo-qwen2-vl-heads", "qwen2-vl-7b")],
-)
+@pytest.mark.parametrize(("recipe", "model"), COMPARED)
 def test_polygraphy_finds_onnx_runtime_close_to_torch_and_not_equal(
     recipe: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

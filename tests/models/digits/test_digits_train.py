@@ -33,6 +33,7 @@ def test_without_output_nothing_is_written(capsys: pytest.CaptureFixture[str]) -
     assert (weights_path() / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_a_complete_folder_and_repeats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     # One thread: two of them wait for each other in a spin that a busy machine makes very long.
