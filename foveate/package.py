@@ -123,6 +123,7 @@ def export(
     verify: bool = True,
     sizes: Mapping[str, Range] | None = None,
     serving: str | None = None,
+    opset: int | None = None,
 ) -> Exported:
     """See `foveate.export`."""
     if backend not in BACKENDS:
@@ -131,9 +132,11 @@ def export(
         raise BackendError("sizes are those of TensorRT's profiles; graphs for ONNX Runtime take any")
     if serving is not None and (serving, backend) != ("triton", "onnx"):
         raise BackendError(f"for serving there is triton, over the backend onnx; not {serving} over {backend}")
+    if opset is not None and backend == "aoti":
+        raise BackendError("an opset is one of ONNX graphs, which AOTInductor does not compile")
     with artifact.new_folder(folder) as work:
         artifact.write_model(model, work)
-        lowered, compiled = _compile(model, work) if backend == "aoti" else (_write(model, work, backend), None)
+        lowered, compiled = _compile(model, work) if backend == "aoti" else (_write(model, work, backend, opset), None)
         runs_by = "aoti" if backend == "aoti" else "onnx"
         parity = check(model, _as(model, runs_by, lowered)) if verify else None
         if parity is not None and not parity.ok:
@@ -152,10 +155,11 @@ def export(
     return replace(exported, bytes=sizes_of)
 
 
-def _write(model: OptimizedModel, work: Path, backend: str) -> Lowered:
+def _write(model: OptimizedModel, work: Path, backend: str, opset: int | None) -> Lowered:
     """Write ONNX files into a folder that holds the weights; what opens them."""
     try:
         from foveate.backends.onnx.graphs import BLOCKS
+        from foveate.backends.onnx.opsets import checked
         from foveate.backends.onnx.package import write_graphs
     except ImportError:
         raise BackendError(
@@ -163,7 +167,8 @@ def _write(model: OptimizedModel, work: Path, backend: str) -> Lowered:
         ) from None
     # TensorRT has attention kernels of its own, which skip what a mask hides or do not mind.
     blocks = 1 if backend == "tensorrt" else BLOCKS
-    artifact.add_graphs(work, write_graphs(model.program, work, blocks), model)
+    number = checked(opset, model.program.dtype)
+    artifact.add_graphs(work, write_graphs(model.program, work, blocks, number), model, number)
     return lambda: open_package(model.program, work)
 
 
