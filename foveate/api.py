@@ -57,20 +57,22 @@ def export(
     verify: bool = True,
     sizes: Mapping[str, tuple[int, int, int]] | None = None,
     serving: str | None = None,
+    opset: int | None = None,
 ) -> Exported:
     """Write an optimized model as a package for another runtime, into a new folder; see `foveate.package`.
 
     backend: `onnx`; `tensorrt`, which prepares a build as well and runs it where TensorRT is installed; `aoti`, which
     compiles for this machine into the user's cache. verify: run the package on random prompts and hold it to eager
     torch. sizes: least, likeliest and largest size of what TensorRT's profiles span, such as `{"batch": (1, 1, 4)}`.
-    serving: `triton` to write a model repository for Triton Inference Server too.
+    serving: `triton` to write a model repository for Triton Inference Server too. opset: of ONNX graphs, 20 to 24; None
+    is 23.
 
     Raises BackendError for a backend or pass that cannot be exported, ParityError where the package does not agree, and
     ArtifactError where it cannot be written.
     """
     from foveate.package import export as export_model
 
-    return export_model(model, backend, Path(output), verify, sizes, serving)
+    return export_model(model, backend, Path(output), verify, sizes, serving, opset)
 
 
 def cost(program: Program, **sizes: Any) -> Cost:

@@ -120,13 +120,13 @@ def write_model(model: OptimizedModel, work: Path, state: Mapping[str, Tensor] |
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def add_graphs(work: Path, names: Sequence[str], model: OptimizedModel) -> None:
-    """Say in the manifest of a folder just written that it has these graphs too, and runs by them.
+def add_graphs(work: Path, names: Sequence[str], model: OptimizedModel, opset: int) -> None:
+    """Say in the manifest of a folder just written that it has these graphs too, of that opset, and runs by them.
 
     What `foveate.runner` must know of prompts stands beside them, so that it need not understand configurations.
     """
     told = {"prompts": prompts_of(model)} if model.program.info.uniform else {}
-    _amend(work, backend="onnx", files={name: sha256(work / name) for name in names}, **told)
+    _amend(work, backend="onnx", opset=opset, files={name: sha256(work / name) for name in names}, **told)
 
 
 def prompts_of(model: OptimizedModel) -> dict[str, int]:

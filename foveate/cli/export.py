@@ -29,6 +29,7 @@ from foveate.cli.output import talking
     help="TensorRT: sizes to build for, such as batch=1:1:4; repeat it for several axes.",
 )
 @click.option("--serving", type=click.Choice(["triton"]), help="Write what this server needs to run OUT, too.")
+@click.option("--opset", type=int, metavar="N", help="ONNX: the graphs' opset, 20 to 24.  [default: 23]")
 @click.option("--no-verify", is_flag=True, help="Do not run it beside torch before it is kept.")
 @size_options
 @json_option
@@ -39,6 +40,7 @@ def command(
     folder: str,
     spans: tuple[str, ...],
     serving: str | None,
+    opset: int | None,
     no_verify: bool,
     as_json: bool,
     **options: Any,
@@ -63,7 +65,15 @@ def command(
 
         out.tick("exporting", 1, 2)
         try:
-            exported = export(optimized, backend, output=part, verify=not no_verify, sizes=sizes, serving=serving)
+            exported = export(
+                optimized,
+                backend,
+                output=part,
+                verify=not no_verify,
+                sizes=sizes,
+                serving=serving,
+                opset=opset,
+            )
         except ParityError as error:
             click.echo(f"error: {error}", err=True)
             raise click.exceptions.Exit(1) from None

@@ -24,6 +24,7 @@ from foveate import ops
 from foveate.backends.aoti.store import FILES
 from foveate.backends.regions import Region
 from foveate.errors import BackendError
+from foveate.ir.program import info
 from foveate.ir.symbols import Symbols
 from foveate.kernels.linear import pays
 
@@ -176,8 +177,11 @@ def _torch_cache(folder: Path) -> Iterator[None]:
 
 
 def _culprit(error: Exception, region: Region) -> str:
-    """The op that a compiler's error is about, or the region's size, and what it said."""
+    """The op that a compiler's error is about and the pass that made it, or the region's, and what it said."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     target = next((line.partition(":")[2].strip() for line in lines if line.startswith("target:")), None)
     said = next((line for line in lines if "error:" in line), lines[0])
-    return f"{target or f'a layer of {len(region.graph.nodes)} nodes'} ({said[:200]})"
+    computed = [node for node in region.graph.nodes if node.op == "call_function"]
+    about = [node for node in computed if target and str(node.target) == target] or computed
+    passes = ", ".join(sorted({info(node).by for node in about}))
+    return f"{target or f'a layer of {len(region.graph.nodes)} nodes'}, which {passes} made ({said[:200]})"

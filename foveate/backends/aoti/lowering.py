@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Built:
 
 def lower(program: Program, graph: fx.Graph, name: str) -> Runner:
     """See `foveate.backends.base.Lower`; what was not compiled before is compiled now."""
-    return Opener(program).runner(graph)
+    return Opener(program).runner(graph, name)
 
 
 def build(program: Program) -> tuple[dict[str, Runner], Built]:
@@ -103,14 +104,16 @@ class Opener:
         self.store = Store(cache_folder())
         self.opened: dict[str, tuple[Path, Any]] = {}
         self.compiled, self.compile_s, self.open_s = 0, 0.0, 0.0
+        self.unsaid = ""  # what is compiled, until it has been said
 
     def runners(self) -> dict[str, Runner]:
         """A runner for each graph."""
         graphs = self.program.graphs
-        return {name: self.runner(joined_graph(self.program, name, graph)) for name, graph in graphs.items()}
+        return {name: self.runner(joined_graph(self.program, name, graph), name) for name, graph in graphs.items()}
 
-    def runner(self, graph: fx.Graph) -> Runner:
-        """A runner for one graph, as `joined_graph` gives it."""
+    def runner(self, graph: fx.Graph, name: str) -> Runner:
+        """A runner for one graph, as `joined_graph` gives it; a line on stderr says so where it is compiled."""
+        self.unsaid = f"the {name} graph"
         run = run_by_regions(self.program, graph, self._function, ALIKE)
         check = check_inputs(graph)
 
@@ -149,6 +152,12 @@ class Opener:
             if self.absent:
                 warnings.warn(self.absent, FoveateWarning, stacklevel=2)
                 self.absent = ""
+            if self.unsaid:
+                sys.stderr.write(
+                    f"foveate: AOTInductor compiles {self.unsaid}, which may take minutes, this once: it is kept in "
+                    f"{self.store.folder}\n"
+                )
+                self.unsaid = ""
             code = self.store.add(key, lambda work: compile_region(region, work, self.store.scratch))
             self.compiled += 1
             self.compile_s += time.perf_counter() - begun

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from foveate.backends.onnx.emit import ELEMENT, END, Emitter, Writer
+from foveate.backends.onnx.opsets import FUSED
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
 
@@ -32,7 +33,7 @@ def _binary(kind: str) -> Writer:
         like = dtype_of(node)
         if kind == "Mul" and b == 1:
             return emit.value(a)
-        if kind == "Mul" and (found := _rms_norm(node)):
+        if kind == "Mul" and emit.opset >= FUSED and (found := _rms_norm(node)):
             source, epsilon, weight = found
             return str(emit.op("RMSNormalization", emit.value(source), emit.value(weight), epsilon=epsilon))
         return str(emit.op(kind, emit.value(a, like), emit.value(b, like)))

@@ -9,17 +9,16 @@ pair of orders is computed once and read by all layers that share it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from onnx import TensorProto
 from torch import fx
 
 from foveate import ops
 from foveate.backends.onnx.aten import dtype_of
 from foveate.backends.onnx.emit import END, Emitter, Writer
+from foveate.backends.onnx.scoring import Scoring, softmaxed
 from foveate.backends.onnx.sorting import steps
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
@@ -63,16 +62,16 @@ def visible(
     return str(seen)
 
 
-def dense(emit: Emitter, q: str, k: str, v: str, seen: str, scale: float, maybe_none: bool = False) -> str:
+def dense(emit: Emitter, q: str, k: str, v: str, seen: str, scoring: Scoring, maybe_none: bool = False) -> str:
     """Attention [B, H, n, e] under a mask bool [B, n, m]; scores are in fp32.
 
     maybe_none: there may be no query or no key at all, which ONNX Runtime's operator refuses: there is one more of
     each, a query that sees all and a key that no other sees.
     """
     if not maybe_none:
-        return str(emit.op("Attention", q, k, v, emit.unsqueeze(seen, 1), scale=scale, **_precision(emit)))
+        return scoring.attend(emit, q, k, v, seen)
     more = _one_more(emit, q, k, v, seen)
-    return emit.slice(dense(emit, *more, scale), 2, emit.constant([0]), emit.length(q, 2))
+    return emit.slice(dense(emit, *more, scoring), 2, emit.constant([0]), emit.length(q, 2))
 
 
 def _one_more(emit: Emitter, q: str, k: str, v: str, seen: str) -> tuple[str, str, str, str]:
@@ -86,11 +85,6 @@ def _one_more(emit: Emitter, q: str, k: str, v: str, seen: str) -> tuple[str, st
     return queries, keys, values, seen
 
 
-def _precision(emit: Emitter) -> dict[str, int]:
-    """Half precision has its scores in fp32."""
-    return {} if emit.program.dtype == torch.float32 else {"softmax_precision": TensorProto.FLOAT}
-
-
 def attention(emit: Emitter, node: fx.Node) -> str:
     """`foveate::attention`, or what another op has of it: the first arguments are the same."""
     q, k, v, q_order, k_order, _, layout, scale, *more = args_of(node)
@@ -98,6 +92,7 @@ def attention(emit: Emitter, node: fx.Node) -> str:
     if layout.startswith("t:") and layout.count("t") > 2:
         out = by_streams(emit, q, k, v, seen, scale)
     else:
+        scoring = Scoring.of(q[0], k[0], scale)
         queries, keys, values = (joined(emit, x, 2) for x in (q, k, v))
         if (
             emit.blocks > 1
@@ -105,14 +100,14 @@ def attention(emit: Emitter, node: fx.Node) -> str:
             and not more
             and all(n.op == "placeholder" for n in (*q_order, *k_order))
         ):
-            out = in_blocks(emit, queries, keys, values, seen, emit.length(emit.value(k_order[0]), 1), scale)
+            out = in_blocks(emit, queries, keys, values, seen, emit.length(emit.value(k_order[0]), 1), scoring)
         else:
-            out = dense(emit, queries, keys, values, seen, scale, maybe_none=layout.startswith("v:"))
+            out = dense(emit, queries, keys, values, seen, scoring, maybe_none=layout.startswith("v:"))
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
 
 
 def in_blocks(
-    emit: Emitter, q: str, k: str, v: str, seen: str, visual: str, scale: float, band: int | None = None
+    emit: Emitter, q: str, k: str, v: str, seen: str, visual: str, scoring: Scoring, band: int | None = None
 ) -> str:
     """As `dense` for visual tokens [.., visual] with text behind them, whose order rises: no block sees all keys.
 
@@ -139,7 +134,7 @@ def in_blocks(
         rows, mask = emit.slice(q, 2, start, end), emit.slice(seen, 1, start, end)
         whole = band is None and number == emit.blocks - 1
         keys = (k, v, mask) if whole else (looks(k, 2), looks(v, 2), looks(mask, 2))
-        out = dense(emit, rows, *keys, scale)
+        out = dense(emit, rows, *keys, scoring)
         outs.append(emit.slice(out, 2, emit.op("Sub", first, start), emit.constant([END])))
     return emit.concat(outs, 2)
 
@@ -149,56 +144,19 @@ def by_streams(
 ) -> str:
     """As `dense`, one matmul a key stream: only scores are put together, never a cache."""
     rows = softmaxed(emit, q[0], k, seen, scale)
-    dtype = dtype_of(v[0])
-    heads, kv_heads = (int(shape(n)[1]) for n in (q[0], v[0]))
-    lengths = [emit.length(emit.value(n), 2) for n in k]
-    parts = emit.op("Split", rows, emit.concat(lengths, 0), outputs=len(k), axis=3) if len(k) > 1 else (rows,)
-    out = ""
-    for part, stream in zip(parts, v, strict=True):
-        grouped = _grouped(emit, emit.cast(part, dtype) if dtype != torch.float32 else part, heads, kv_heads)
-        product = emit.op("MatMul", grouped, emit.value(stream))
-        out = emit.op("Add", out, product) if out else product
-    return _apart(emit, out, emit.value(q[0]), heads, kv_heads)
-
-
-def softmaxed(emit: Emitter, q: fx.Node, k: Sequence[fx.Node], seen: str, scale: float) -> str:
-    """Softmaxed rows fp32 [B, H, R, all keys]; seen bool [B, R, all keys]."""
-    heads, kv_heads = (int(shape(n)[1]) for n in (q, k[0]))
-    groups = _grouped(emit, emit.value(q), heads, kv_heads)
-    scores = []
-    for stream in k:
-        product = emit.op("MatMul", groups, emit.op("Transpose", emit.value(stream), perm=[0, 1, 3, 2]))
-        scores.append(product if dtype_of(q) == torch.float32 else emit.cast(product, torch.float32))
-    row = _apart(emit, emit.concat(scores, 3), emit.value(q), heads, kv_heads)
-    scaled = emit.op("Mul", row, emit.constant(float(scale)))
-    masked = emit.op("Where", emit.unsqueeze(seen, 1), scaled, emit.constant(-math.inf))
-    return str(emit.op("Softmax", masked, axis=3))
-
-
-def _grouped(emit: Emitter, rows: str, heads: int, kv_heads: int) -> str:
-    """[B, H, R, x] as [B, Hk, H / Hk * R, x]: the queries of one key head are rows of one matmul."""
-    if heads == kv_heads:
-        return rows
-    count = emit.op("Mul", emit.length(rows, 2), emit.constant([heads // kv_heads]))
-    return emit.reshape(rows, emit.length(rows, 0), kv_heads, count, emit.length(rows, 3))
-
-
-def _apart(emit: Emitter, grouped: str, like: str, heads: int, kv_heads: int) -> str:
-    """The inverse of `_grouped`; `like` has as many rows a head."""
-    if heads == kv_heads:
-        return grouped
-    return emit.reshape(grouped, emit.length(grouped, 0), heads, emit.length(like, 2), emit.length(grouped, 3))
+    scoring = Scoring.of(q[0], k[0], scale)
+    return scoring.mixed(emit, rows, [emit.value(stream) for stream in v], emit.value(q[0]))
 
 
 def _encoder_attention(emit: Emitter, node: fx.Node) -> str:
     q, k, v, scale, *bias = args_of(node)
-    given = []
+    added = None
     if bias and bias[0] is not None:
         # ONNX Runtime wants a row for each query.
         hides, rows = emit.value(bias[0]), emit.length(emit.value(q), 2)
         sizes = emit.concat([emit.length(hides, 0), emit.constant([1]), rows, emit.length(hides, 1)], 0)
-        given = [emit.op("Expand", emit.cast(emit.unsqueeze(hides, 1, 2), dtype_of(q)), sizes)]
-    out = emit.op("Attention", *(emit.value(x) for x in (q, k, v)), *given, scale=scale, **_precision(emit))
+        added = emit.op("Expand", emit.cast(emit.unsqueeze(hides, 1, 2), dtype_of(q)), sizes)
+    out = Scoring.of(q, k, scale).attend(emit, *(emit.value(x) for x in (q, k, v)), added=added)
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
 
 
@@ -224,7 +182,7 @@ def _varlen_attention(emit: Emitter, node: fx.Node) -> str:
         segments = emit.op("Gather", tokens, places, axis=1)
         padded.append(emit.op("Transpose", segments, perm=[1, 0, 2, 3]))
     queries, keys, values = padded
-    out = emit.op("Transpose", dense(emit, queries, keys, values, seen, scale), perm=[0, 2, 1, 3])
+    out = emit.op("Transpose", dense(emit, queries, keys, values, seen, Scoring.of(q, k, scale)), perm=[0, 2, 1, 3])
     # Back to one sequence: each token's segment is the number of segments that end before it.
     token = steps(emit, emit.length(emit.value(q), 2))
     ended = emit.cast(emit.op("LessOrEqual", emit.unsqueeze(ends, 0), emit.unsqueeze(token, 1)), torch.int64)
@@ -247,12 +205,12 @@ def _neighbor_attention(emit: Emitter, node: fx.Node) -> str:
     padded = emit.op("Equal", emit.value(q_order), emit.constant(ops.PAD))
     mask = emit.op("Or", mask, emit.unsqueeze(padded, 2))
     parts = emit.value(q), joined(emit, k, 2), joined(emit, v, 2), mask
-    band = _band(emit, radius, metric)
+    scoring, band = Scoring.of(q, k[0], scale), _band(emit, radius, metric)
     if band is None or q_order.op != "placeholder":
-        out = dense(emit, *parts, scale, maybe_none=True)
+        out = dense(emit, *parts, scoring, maybe_none=True)
     else:
         visual, total = emit.length(emit.value(k[0]), 2), emit.length(parts[0], 2)
-        out = in_blocks(emit, *_one_more(emit, *parts), visual, scale, band)
+        out = in_blocks(emit, *_one_more(emit, *parts), visual, scoring, band)
         out = emit.slice(out, 2, emit.constant([0]), total)
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
 

@@ -22,6 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
+from foveate.backends.onnx.opsets import OPSET
 from foveate.errors import BackendError
 from foveate.ir.program import Program, args_of, info
 from foveate.ops import PAD
@@ -59,7 +60,7 @@ class Emitter:
     """One ONNX graph in the making.
 
     places: where each weight lies; file: of that name, beside the graph. blocks: of queries that attend one after
-    another where later ones see more keys.
+    another where later ones see more keys. opset: one of `foveate.backends.onnx.opsets`.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Emitter:
         file: str,
         writers: Mapping[Any, Writer],
         blocks: int = 1,
+        opset: int = OPSET,
     ) -> None:
-        self.blocks = blocks
+        self.blocks, self.opset = blocks, opset
         self.program = program
         self.places, self.file = places, file
         self.writers = writers

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from foveate import ops
-from foveate.backends.onnx.attention import around, softmaxed, visible
+from foveate.backends.onnx.attention import around, visible
 from foveate.backends.onnx.emit import Emitter, Writer
+from foveate.backends.onnx.scoring import softmaxed
 from foveate.backends.onnx.sorting import counted, widened
 from foveate.ir.program import args_of
 

@@ -13,15 +13,13 @@ from foveate import __version__
 from foveate.backends.onnx import aten, attention, fit, guided, kv, selection, tower, vision
 from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer, reads
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
+from foveate.backends.onnx.opsets import IR_VERSIONS, OPSET
 from foveate.errors import BackendError
 from foveate.ir.program import Program
 
 WEIGHTS = "model.safetensors"
-OPSET = 23
 BLOCKS = 4
 """ONNX Runtime's attention on a CPU computes what a mask hides: with 4 blocks of queries, 5/8 of a causal square."""
-IR_VERSION = 11
-"""The first that has opset 23."""
 
 WRITERS: dict[Any, Writer] = {
     **aten.WRITERS,
@@ -36,14 +34,19 @@ WRITERS: dict[Any, Writer] = {
 
 
 def build(
-    program: Program, name: str, graph: fx.Graph, places: Mapping[str, Place], blocks: int = BLOCKS
+    program: Program,
+    name: str,
+    graph: fx.Graph,
+    places: Mapping[str, Place],
+    blocks: int = BLOCKS,
+    opset: int = OPSET,
 ) -> onnx.ModelProto:
     """One graph of a program (a prefill already joined), whose weights lie at `places` in the file `WEIGHTS`.
 
-    blocks: see `Emitter`; 1 leaves a layer's attention in one call, as fused kernels on a GPU want it. Raises
-    BackendError where an op has no form in standard operators, naming the pass and the node.
+    blocks, opset: see `Emitter`; 1 block leaves a layer's attention in one call, as fused kernels on a GPU want it.
+    Raises BackendError where an op has no form in standard operators, naming the pass and the node.
     """
-    emit = Emitter(program, places, WEIGHTS, WRITERS, blocks)
+    emit = Emitter(program, places, WEIGHTS, WRITERS, blocks, opset)
     emit.run(graph)
     results = {label: str(emit.values[node]) for label, node in named_outputs(name, graph).items()}
     return finish(emit, name, _inputs(name, graph), results, named_outputs(name, graph))
@@ -74,7 +77,7 @@ def finish(
             continue
         nodes.append(helper.make_node("Identity", [renamed.get(inner, inner)], [outer], name=f"output.{outer}"))
     outputs = [_described(outer, described[outer].meta["val"], names) for outer in results]
-    return _model(helper.make_graph(nodes, name, inputs, outputs, initializers))
+    return _model(helper.make_graph(nodes, name, inputs, outputs, initializers), emit.opset)
 
 
 def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
@@ -100,9 +103,9 @@ def _described(name: str, value: Tensor, names: Mapping[Any, str]) -> onnx.Value
     return helper.make_tensor_value_info(name, ELEMENT[value.dtype], sizes)
 
 
-def embed_tokens(program: Program, places: Mapping[str, Place]) -> onnx.ModelProto:
+def embed_tokens(program: Program, places: Mapping[str, Place], opset: int = OPSET) -> onnx.ModelProto:
     """input_ids int64 [batch, tokens] -> inputs_embeds; the image token, which the table may not have, gives row 0."""
-    emit = Emitter(program, places, WEIGHTS, WRITERS)
+    emit = Emitter(program, places, WEIGHTS, WRITERS, opset=opset)
     table = emit.weight(program.info.paths["embed"])
     image = emit.op("Equal", "input_ids", emit.constant(program.info.image_token_id))
     found = emit.op("Gather", table, emit.op("Where", image, emit.constant(0), "input_ids"))
@@ -113,14 +116,14 @@ def embed_tokens(program: Program, places: Mapping[str, Place]) -> onnx.ModelPro
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])
     width: list[str | int | None] = ["batch", "tokens", program.info.hidden_size]
     embeds = helper.make_tensor_value_info("inputs_embeds", ELEMENT[program.dtype], width)
-    return _model(helper.make_graph(nodes, "embed_tokens", [ids], [embeds], initializers))
+    return _model(helper.make_graph(nodes, "embed_tokens", [ids], [embeds], initializers), opset)
 
 
-def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
+def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
     return helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=IR_VERSIONS[opset],
         producer_name="foveate",
         producer_version=__version__,
     )

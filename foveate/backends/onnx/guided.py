@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from foveate import ops
-from foveate.backends.onnx.attention import softmaxed, visible
+from foveate.backends.onnx.attention import visible
 from foveate.backends.onnx.emit import Emitter, Writer
 from foveate.backends.onnx.fit import behind_images, real, share
+from foveate.backends.onnx.scoring import softmaxed
 from foveate.backends.onnx.selection import floor_share
 from foveate.backends.onnx.sorting import best, counted, marked, ranks, steps, widened
 from foveate.ir.program import args_of

@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from foveate import ops
-from foveate.backends.onnx.attention import around, attention, softmaxed, visible
+from foveate.backends.onnx.attention import around, attention, visible
 from foveate.backends.onnx.emit import Emitter, Writer
 from foveate.backends.onnx.fit import real
+from foveate.backends.onnx.scoring import softmaxed
 from foveate.backends.onnx.selection import floor_share
 from foveate.backends.onnx.sorting import best, counted, marked, rising, steps, widened
 from foveate.ir.attention import Attention

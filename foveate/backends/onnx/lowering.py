@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from foveate.backends.adapters import adapter_layers
@@ -71,6 +72,11 @@ def _check(program: Program) -> None:
     if adapter_layers(program):
         raise BackendError(
             "the onnx backend runs no adapters: merge them first (peft_model.merge_and_unload()), or run them eagerly"
+        )
+    if program.dtype == torch.bfloat16:
+        raise BackendError(
+            "the onnx backend runs no bfloat16, for which ONNX Runtime's CPU has few kernels and numpy no type: take "
+            "float16 or float32, or backend eager; exporting works"
         )
 
 

@@ -12,6 +12,7 @@ from foveate.backends.base import joined_graph
 from foveate.backends.onnx.emit import Place
 from foveate.backends.onnx.graphs import BLOCKS, WEIGHTS, build, embed_tokens
 from foveate.backends.onnx.names import FILES
+from foveate.backends.onnx.opsets import OPSET
 from foveate.errors import BackendError
 from foveate.ir.program import Program
 from foveate.manifest import GRAPHS
@@ -19,16 +20,21 @@ from foveate.manifest import GRAPHS
 EMBED = GRAPHS["embed"]
 
 
-def write_graphs(program: Program, folder: Path, blocks: int = BLOCKS) -> list[str]:
-    """Write a program's graphs into a folder that holds its weights; the names of the files. blocks: see `build`."""
+def write_graphs(program: Program, folder: Path, blocks: int = BLOCKS, opset: int = OPSET) -> list[str]:
+    """Write a program's graphs into a folder that holds its weights; the names of the files.
+
+    blocks, opset: see `build`. Raises BackendError where a graph does not pass ONNX's checker.
+    """
     places = places_of(folder / WEIGHTS)
-    return [_write(model, folder / name) for name, model in _models(program, places, blocks)]
+    return [_write(model, folder / name) for name, model in _models(program, places, blocks, opset)]
 
 
-def _models(program: Program, places: dict[str, Place], blocks: int) -> Iterator[tuple[str, onnx.ModelProto]]:
+def _models(
+    program: Program, places: dict[str, Place], blocks: int, opset: int
+) -> Iterator[tuple[str, onnx.ModelProto]]:
     for name, graph in program.graphs.items():
-        yield FILES[name], build(program, name, joined_graph(program, name, graph), places, blocks)
-    yield EMBED, embed_tokens(program, places)
+        yield FILES[name], build(program, name, joined_graph(program, name, graph), places, blocks, opset)
+    yield EMBED, embed_tokens(program, places, opset)
 
 
 def _write(model: onnx.ModelProto, path: Path) -> str:

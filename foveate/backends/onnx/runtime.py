@@ -33,14 +33,18 @@ def options(threads: int) -> Any:
     return chosen
 
 
-def open_file(path: Path, threads: int, providers: Sequence[Any] | None = None) -> Any:
+def open_file(path: Path, threads: int, providers: Sequence[Any] | None = None, optimized: bool = True) -> Any:
     """A session of a package's graph; ArtifactError where ONNX Runtime does not take it.
 
-    providers: as ONNX Runtime takes them; the best that are installed, if not given.
+    providers: as ONNX Runtime takes them; the best that are installed, if not given. optimized: whether it may rewrite
+    the graph.
     """
     ort = installed()
+    chosen = options(threads)
+    if not optimized:
+        chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return ort.InferenceSession(path, options(threads), providers=list(providers or available()))
+        return ort.InferenceSession(path, chosen, providers=list(providers or available()))
     except Exception as error:  # whatever ONNX Runtime raises on a damaged file
         raise ArtifactError(f"{path} cannot be opened by ONNX Runtime: {first_line(error)}") from None
 

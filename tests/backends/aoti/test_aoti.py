@@ -16,11 +16,12 @@ import torch
 
 import foveate
 from foveate.backends.aoti import lowering
-from foveate.backends.aoti.compiling import text_of
+from foveate.backends.aoti.compiling import _culprit, text_of
 from foveate.backends.aoti.inputs import check_inputs
 from foveate.backends.aoti.lowering import key_of, lower
 from foveate.backends.regions import regions
 from foveate.errors import ArtifactError, BackendError, FoveateWarning, InputError
+from foveate.ir.program import info
 from foveate.model import OptimizedModel
 from foveate.models.random import random_inputs, random_llava
 from tests.ir.programs import pruned, weightless
@@ -182,6 +183,32 @@ def test_without_a_compiler_one_line_says_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "the aoti backend needs a C++ compiler (g++ or clang++) on this machine\n", done.stderr
     assert list((tmp_path / "cache" / "aoti").iterdir()) == []
+
+
+def test_compiling_says_so_once_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path))
+
+    def compile_region(*args: Any) -> None:
+        raise BackendError("compiled")
+
+    monkeypatch.setattr(lowering, "compile_region", compile_region)
+    program = pruned("")
+    with pytest.raises(BackendError, match="compiled"):
+        lower(program, program.prefill, "prefill")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("foveate: AOTInductor compiles the prefill graph, which may take minutes, this once")
+    assert line.endswith(f"it is kept in {tmp_path / 'aoti'}")
+
+
+def test_what_cannot_be_compiled_is_named_by_its_pass() -> None:
+    for region in regions(pruned("fastv{layer=1,keep=0.5}").prefill):
+        for node in (n for n in region.graph.nodes if n.op == "call_function" and info(n).by == "fastv"):
+            said = _culprit(RuntimeError(f"no such op\n  target: {node.target}\n"), region)
+            assert said.startswith(f"{node.target}, which ") and "fastv" in said and "no such op" in said
+            return
+    raise AssertionError("fastv made nothing")
 
 
 def test_entries_differ_by_what_code_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 import foveate
 from foveate.backends.onnx.emit import ELEMENT, Emitter
-from foveate.backends.onnx.graphs import IR_VERSION, OPSET, WRITERS
+from foveate.backends.onnx.graphs import WRITERS
+from foveate.backends.onnx.opsets import IR_VERSIONS, OPSET
 from foveate.models.random import random_inputs
 
 PROMPTS: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ def assert_agrees(model: nn.Module, traced: Any, passes: str) -> None:
         assert torch.equal(*answers), name
 
 
-def by_runtime(op: Any, *args: Any) -> Any:
+def by_runtime(op: Any, *args: Any, opset: int = OPSET) -> Any:
     """What ONNX Runtime makes of one op; sizes are unknown to it."""
     graph, feed = fx.Graph(), {}
 
@@ -53,7 +54,7 @@ def by_runtime(op: Any, *args: Any) -> Any:
         return node
 
     node = graph.call_function(op, tuple(given(value) for value in args))
-    emit = Emitter(None, {}, "", WRITERS)  # type: ignore[arg-type]  # an op alone has no weights
+    emit = Emitter(None, {}, "", WRITERS, opset=opset)  # type: ignore[arg-type]  # an op alone has no weights
     emit.run(graph)
     found = emit.values[node]
     model = _model(emit, feed, [found] if isinstance(found, str) else list(found))
@@ -66,4 +67,6 @@ def _model(emit: Emitter, feed: Mapping[str, Tensor], results: list[str]) -> Any
     inputs = [helper.make_tensor_value_info(n, ELEMENT[x.dtype], [None] * x.dim()) for n, x in feed.items()]
     outputs = [helper.make_empty_tensor_value_info(name) for name in results]
     graph = helper.make_graph(emit.nodes, "op", inputs, outputs, list(emit.initializers.values()))
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", emit.opset)], ir_version=IR_VERSIONS[emit.opset]
+    )

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from foveate import export, load, ops, optimize, trace
 from foveate.backends.onnx.emit import ELEMENT, Emitter
-from foveate.backends.onnx.graphs import IR_VERSION, OPSET, WRITERS
+from foveate.backends.onnx.graphs import WRITERS
+from foveate.backends.onnx.opsets import IR_VERSIONS, OPSET
 from foveate.ir.program import Program
 from foveate.models.random import random_inputs, random_llava
 from foveate.passes import CDPruner
@@ -101,7 +102,7 @@ def run(program: Program, target: Any, *args: Any) -> list[Tensor]:
     model = helper.make_model(
         helper.make_graph(body, "op", read, written, constants),
         opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        ir_version=IR_VERSIONS[OPSET],
     )
     onnx.checker.check_model(model, full_check=True)
     options = onnxruntime.SessionOptions()
