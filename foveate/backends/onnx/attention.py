@@ -156,7 +156,8 @@ def _encoder_attention(emit: Emitter, node: fx.Node) -> str:
         hides, rows = emit.value(bias[0]), emit.length(emit.value(q), 2)
         sizes = emit.concat([emit.length(hides, 0), emit.constant([1]), rows, emit.length(hides, 1)], 0)
         added = emit.op("Expand", emit.cast(emit.unsqueeze(hides, 1, 2), dtype_of(q)), sizes)
-    out = Scoring.of(q, k, scale).attend(emit, *(emit.value(x) for x in (q, k, v)), added=added)
+    queries, keys, values = (emit.value(x) for x in (q, k, v))
+    out = Scoring.of(q, k, scale).attend(emit, queries, keys, values, added=added)
     return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
 
 
