@@ -29,20 +29,20 @@ BOUNDS = "cu_seqlens"
 def keep_in_segments(edit: Rewriter, name: str, by: str, share: float, keep: float, how: str) -> Iterator[str]:
     """Choose floor(keep * n) of each image's or frame's n tokens, by a rule of `foveate::segment_tokens`.
 
-    Raises PassError where tokens were chosen before, and where no layer sees whole images.
+    Raises PassError where tokens were chosen before, and for a rule that looks at attention where no layer sees images.
     """
     about, found = edit.program.info, outputs(edit.graph)
     if "stays" in found:
         raise PassError(f"{name}: {info(found['stays']).by} already selects in the vision tower; use one of the two")
     nodes = list(edit.graph.nodes)
     bounds = next(n for n in nodes if n.op == "placeholder" and n.name == BOUNDS)
-    whole = [n for n in nodes if n.target == ops.varlen_attention and args_of(n)[3] is bounds]
-    if not whole:
-        raise PassError(f"{name}: no layer of the vision tower sees a whole image, so none tells what matters in it")
-    why = NodeInfo(info(whole[-1]).layer + 1, "select", "none", name)
+    why = NodeInfo(info(found["out"]).layer, "select", "none", name)
     with edit.before(edit.graph.output_node()):
         row: fx.Node | None = None
         if by in ("row", "distinct"):
+            whole = [n for n in nodes if n.target == ops.varlen_attention and args_of(n)[3] is bounds]
+            if not whole:
+                raise PassError(f"{name}: no layer of the vision tower sees a whole image, so none tells what matters")
             query, key, _, _, scale = args_of(whole[-1])
             row = edit.call(ops.segment_means, query, key, bounds, scale, about=why)
         given = (bounds, about.patches_per_token, keep, share)
