@@ -18,8 +18,8 @@ from torch import fx
 from foveate import ops
 from foveate.backends.onnx.aten import dtype_of
 from foveate.backends.onnx.emit import END, Emitter, Writer
+from foveate.backends.onnx.packed import Segments
 from foveate.backends.onnx.scoring import Scoring, softmaxed
-from foveate.backends.onnx.sorting import steps
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
 
@@ -162,35 +162,14 @@ def _encoder_attention(emit: Emitter, node: fx.Node) -> str:
 
 
 def _varlen_attention(emit: Emitter, node: fx.Node) -> str:
-    """One batched call over segments padded to the longest: no score between two segments, and no loop."""
-    q, k, v, cu_seqlens, scale = args_of(node)
+    """One batched call over padded segments: no score between two of them."""
+    q, k, v, bounds, scale = args_of(node)
     heads, size = int(shape(q)[1]), int(shape(q)[3])
-    bounds = emit.cast(emit.value(cu_seqlens), torch.int64)
-    last = emit.op("Sub", emit.length(bounds, 0), emit.constant([1]))
-    starts = emit.slice(bounds, 0, emit.constant([0]), last)
-    ends = emit.slice(bounds, 0, emit.constant([1]), emit.constant([END]))
-    lengths = emit.op("Sub", ends, starts)
-    longest = emit.op("ReduceMax", lengths, emit.constant([0]), keepdims=1)
-    within = steps(emit, longest)
-    there = emit.op("Less", emit.unsqueeze(within, 0), emit.unsqueeze(lengths, 1))
-    places = emit.op("Add", emit.unsqueeze(within, 0), emit.unsqueeze(starts, 1))
-    places = emit.op("Where", there, places, emit.constant(0))
-    sizes = emit.concat([last, longest, longest], 0)
-    seen = emit.op("Expand", emit.unsqueeze(there, 1), sizes)
-    padded = []
-    for x in (q, k, v):
-        tokens = emit.op("Squeeze", emit.value(x), emit.constant([0]))
-        segments = emit.op("Gather", tokens, places, axis=1)
-        padded.append(emit.op("Transpose", segments, perm=[1, 0, 2, 3]))
-    queries, keys, values = padded
-    out = emit.op("Transpose", dense(emit, queries, keys, values, seen, Scoring.of(q, k, scale)), perm=[0, 2, 1, 3])
-    # Back to one sequence: each token's segment is the number of segments that end before it.
-    token = steps(emit, emit.length(emit.value(q), 2))
-    ended = emit.cast(emit.op("LessOrEqual", emit.unsqueeze(ends, 0), emit.unsqueeze(token, 1)), torch.int64)
-    segment = emit.op("ReduceSum", ended, emit.constant([1]), keepdims=0)
-    place = emit.op("Sub", token, emit.op("Gather", starts, segment, axis=0))
-    place = emit.op("Add", place, emit.op("Mul", segment, longest))
-    return emit.unsqueeze(emit.op("Gather", emit.reshape(out, -1, heads, size), place, axis=0), 0)
+    segments = Segments(emit, bounds)
+    queries, keys, values = (segments.heads(x) for x in (q, k, v))
+    out = dense(emit, queries, keys, values, segments.seen(), Scoring.of(q, k, scale))
+    rows = emit.op("Transpose", out, perm=[0, 2, 1, 3])
+    return emit.unsqueeze(segments.flat(rows, emit.length(emit.value(q), 2), heads, size), 0)
 
 
 def _attention_row(emit: Emitter, node: fx.Node) -> str:

@@ -111,10 +111,11 @@ class Emitter:
             self.made[key] = names[0] if outputs == 1 else tuple(names)
         return self.made[key]
 
-    def loop(self, times: int, state: Mapping[str, torch.dtype], body: Callable[..., Sequence[str]]) -> list[str]:
+    def loop(self, times: int | str, state: Mapping[str, torch.dtype], body: Callable[..., Sequence[str]]) -> list[str]:
         """What values become when `body` runs so many times: (number of the run int64 [], *values) -> as many values.
 
-        state: the values before the first run, and their dtypes. A body may read all that was made outside it.
+        times: a number, or int64 []. state: the values before the first run, and their dtypes. A body may read all that
+        was made outside it.
         """
         label = f"Loop_{next(self.numbers)}"
         outside = self.nodes, self.made
@@ -136,7 +137,8 @@ class Emitter:
         first = helper.make_tensor_value_info(number, TensorProto.INT64, [])
         graph = helper.make_graph(nodes, f"{label}_body", [first, *starts], stops)
         results = [f"{label}_{i}_last" for i in range(len(state))]
-        inputs = [self.constant(times), self.constant(True), *state]
+        runs = times if isinstance(times, str) else self.constant(times)
+        inputs = [runs, self.constant(True), *state]
         self.nodes.append(helper.make_node("Loop", inputs, results, name=label, body=graph))
         return results
 
