@@ -89,6 +89,9 @@ COUNTED = {
         "received",
         "crossget",
         "cls_curve",
+        "column_means",
+        "segment_means",
+        "segment_tokens",
     )
 }
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 from transformers.vision_utils import get_vision_window_index
 
@@ -20,6 +21,9 @@ import foveate
 from foveate import ops
 from foveate.errors import PassError
 from foveate.kernels import counting, reference, segments
+from foveate.models.packed import merge_of, values_of
+from foveate.models.registry import FAMILIES
+from tests.ir.test_cost import COUNTED
 from tests.models.prompts import made
 from tests.models.test_running import optimized, source
 from tests.oracle.masked import masked_forward, masked_greedy
@@ -162,6 +166,22 @@ def test_the_cost_counts_the_tokens_that_are_left() -> None:
     assert whole.vision.flops < half.vision.flops < 1.25 * whole.vision.flops
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_work_is_what_torch_counts(method: str) -> None:
+    """Two nominal images, whose segments have equal lengths."""
+    program = optimized("qwen2-vl", METHODS[method][0]).program
+    rows, columns = (side * merge_of(program.info) for side in program.info.grid)
+    grids = torch.tensor([[1, rows, columns]] * 2)
+    pixels = torch.zeros(2 * rows * columns, values_of(program.info))
+    given = FAMILIES["qwen2_vl"].vision_given(program.info, {"pixel_values": pixels, "image_grid_thw": grids})
+    assert given is not None
+    graph = program.graphs["vision"]
+    names = [str(n.target) for n in graph.nodes if n.op == "placeholder"]
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        fx.GraphModule(program.weights, graph)(*(given[name] for name in names))
+    assert counter.get_total_flops() == foveate.cost(program, batch=2).vision.flops
+
+
 def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -180,7 +200,9 @@ def test_each_segment_is_chosen_from_as_if_it_were_alone(by: str) -> None:
         alone = segments.segment_tokens(by, tokens, row[start:end], torch.tensor([0, end - start]), 4, 0.5, 0.5)
         assert torch.equal(kept[start // 4 : end // 4], alone) and int(alone.sum()) == len(tokens) // 2
     torch.library.opcheck(ops.segment_tokens, (by, x, row, bounds, 4, 0.5, 0.5), test_utils=("test_schema",))
-    assert counting.FLOPS["segment_tokens"](by, x, row, bounds, 4, 0.5, 0.5) >= 0
+    with FlopCounterMode(display=False) as counter:
+        segments.segment_tokens(by, x, row, bounds, 4, 0.5, 0.5)
+    assert counter.get_total_flops() == counting.FLOPS["segment_tokens"](by, x, row, bounds, 4, 0.5, 0.5)
 
 
 def test_means_are_those_of_each_segment() -> None:
@@ -192,3 +214,6 @@ def test_means_are_those_of_each_segment() -> None:
             torch.testing.assert_close(found[start:end], alone)
     assert segments.segment_means(q[:, :, :0], k[:, :, :0], torch.zeros(1), 0.4).shape == (0,)
     torch.library.opcheck(ops.segment_means, (q, k, bounds, 0.4), test_utils=("test_schema",))
+    with FlopCounterMode(display=False) as counter:
+        segments.segment_means(q, k, bounds, 0.4)
+    assert counter.get_total_flops() == counting.FLOPS["segment_means"](q, k, bounds, 0.4)

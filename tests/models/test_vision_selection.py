@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 from foveate.errors import PassError
 from foveate.model import OptimizedModel
 from tests.ir.programs import once
+from tests.ir.test_cost import COUNTED
 from tests.models import tiny
 from tests.models.prompts import made
 from tests.oracle import squares, vision
@@ -104,6 +107,15 @@ def test_with_what_works_in_the_decoder(name: str, padding: str) -> None:
     masks = Masks(2, None, neurons, (Prune(1, 0.6, "fastv"),))
     passes = "fastv{layer=1,keep=0.6},fastervlm{keep=0.6},drop-visual-neurons{keep=0.5},cut-visual{from_layer=2}"
     check(name, passes, lambda seen: squares.fastervlm(seen, 0.6), masks, padding)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_work_is_what_torch_counts(name: str, method: str) -> None:
+    program = optimized(name, METHODS[method][0]).program
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        fx.GraphModule(program.weights, program.graphs["vision"])(torch.zeros(3, *program.info.image_size))
+    assert counter.get_total_flops() == foveate.cost(program, batch=3).vision.flops
 
 
 @pytest.mark.parametrize(
