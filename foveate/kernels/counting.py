@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from foveate.kernels.neighbor.dispatch import planned
-from foveate.ops import attention_pairs, distinct_pairs, segment_flops, summed_pairs
+from foveate.ops import attention_pairs, segment_flops, summed_pairs
 
 
 def _attention(
@@ -83,12 +82,12 @@ def _attention_with_sums(
 
 def _diverse(x: Tensor, keep: float, *rest: Any, **also: Any) -> int:
     images, n, width = x.shape
-    return 2 * images * width * n * (n + math.ceil(keep * n))
+    return images * segment_flops("diverse", n, width, keep, 0.0)
 
 
 def _distinct(row: Any, x: Tensor, keep: float, important: float, *rest: Any, **also: Any) -> int:
     images, n, width = x.shape
-    return 2 * images * width * distinct_pairs(n, keep, important)
+    return images * segment_flops("distinct", n, width, keep, important)
 
 
 def _relevance(x: Tensor, *rest: Any, **also: Any) -> int:
@@ -97,8 +96,7 @@ def _relevance(x: Tensor, *rest: Any, **also: Any) -> int:
 
 def _determinant(x: Tensor, relevance: Any, keep: float, *rest: Any, **also: Any) -> int:
     images, n, width = x.shape
-    picks = math.ceil(keep * n)
-    return images * n * picks * (2 * width + picks - 1)
+    return images * segment_flops("determinant", n, width, keep, 0.0)
 
 
 def _visionzip(row: Any, metric: Tensor, dominant: int, contextual: int, *rest: Any, **also: Any) -> int:

@@ -264,13 +264,13 @@ def _row(node: fx.Node, sizes: Sizes) -> int:
 def _diverse(node: fx.Node, sizes: Sizes) -> int:
     """All pairs of an image's tokens once, then each pick with all of them."""
     images, count, width = sizes.shape(args_of(node)[0])
-    return 2 * images * width * count * (count + math.ceil(float(args_of(node)[1]) * count))
+    return images * ops.segment_flops("diverse", count, width, float(args_of(node)[1]), 0.0)
 
 
 def _distinct(node: fx.Node, sizes: Sizes) -> int:
     _, x, keep, important = args_of(node)
     images, count, width = sizes.shape(x)
-    return int(2 * images * width * ops.distinct_pairs(count, keep, important))
+    return images * ops.segment_flops("distinct", count, width, keep, important)
 
 
 def _relevance(node: fx.Node, sizes: Sizes) -> int:
@@ -279,8 +279,7 @@ def _relevance(node: fx.Node, sizes: Sizes) -> int:
 
 def _determinant(node: fx.Node, sizes: Sizes) -> int:
     images, count, width = sizes.shape(args_of(node)[0])
-    picks = math.ceil(float(args_of(node)[2]) * count)
-    return images * count * picks * (2 * width + picks - 1)
+    return images * ops.segment_flops("determinant", count, width, float(args_of(node)[2]), 0.0)
 
 
 def _visionzip(node: fx.Node, sizes: Sizes) -> int:
