@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,12 @@ class _Call:
     """How a layer was called when it was recorded, and what shapes it took and gave."""
 
     others: Any
-    shapes: list[Any] = field(default_factory=list)
+    tensors: list[tuple[Any, torch.dtype]]
+
+    @property
+    def shapes(self) -> list[Any]:
+        """As they are by now: what came after the call may have said that two of its sizes are one."""
+        return [_form(*each) for each in self.tensors]
 
 
 class UnequalError(Exception):
@@ -81,12 +86,12 @@ def _recorder(
             return forward(*args, **kwargs)
         x, others = args[0], (args[1:], kwargs)
         known = calls.get(first)
-        if known and known.shapes == [_form(x)] * 2 and _same(known.others, others):
+        if known and known.shapes == [_form(x.shape, x.dtype)] * 2 and _same(known.others, others):
             return again(x, f"{path}.{number}", f"{path}.{first}")
         out = forward(begin(x, f"{path}.{number}"), *args[1:], **kwargs)
         if not isinstance(out, Tensor):
             return out
-        calls[number] = _Call(others, [_form(x), _form(out)])
+        calls[number] = _Call(others, [(each.shape, each.dtype) for each in (x, out)])
         return end(out)
 
     return run
@@ -124,8 +129,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _kind(x: Tensor | None) -> Any:
-    return None if x is None else (_form(x), x.device, x.requires_grad)
+    return None if x is None else (_form(x.shape, x.dtype), x.device, x.requires_grad)
 
 
-def _form(x: Tensor) -> Any:
-    return [s.node.expr if isinstance(s, torch.SymInt) else s for s in x.shape], x.dtype
+def _form(shape: Any, dtype: torch.dtype) -> Any:
+    return [s.node.expr if isinstance(s, torch.SymInt) else s for s in shape], dtype

@@ -64,6 +64,12 @@ def test_layers_of_two_kinds_run_once_each() -> None:
     assert recorded(tiny.gemma3(kinds="sliding full sliding full", num_hidden_layers=4)) == [0, 1]
 
 
+@pytest.mark.slow
+def test_sizes_that_turn_out_to_be_one_between_two_layers_keep_them_equal() -> None:
+    # The batch of what Qwen3-VL adds behind its first layer is known to be the batch of the text from there on.
+    assert recorded(tiny.qwen3_vl()) == [0]
+
+
 def test_activations_that_are_functions_with_arguments_are_compared_by_those() -> None:
     layers = tiny.gemma3().model.vision_tower.encoder.layers
     assert alike(layers, 0, 1)
