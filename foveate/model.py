@@ -51,7 +51,10 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         lowered: Callable[[], dict[str, Runner]] | None = None,
     ) -> None:
         """lowered: what makes the runners, where they lie ready in a package and need not be lowered."""
-        super().__init__(copy.deepcopy(config))
+        config = copy.deepcopy(config)
+        # How transformers' own experts would run: here that is for the graphs to say.
+        config._experts_implementation = "eager"
+        super().__init__(config)
         self.generation_config = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(config)
         self.weights = program.weights
         self.program = program

@@ -19,7 +19,7 @@ from foveate.errors import PassError
 from foveate.ir.program import NodeInfo, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter
 
-PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Families whose towers take packed sequences."""
 
 BOUNDS = "cu_seqlens"

@@ -209,6 +209,14 @@ def _matmul(node: fx.Node, axes: Axes) -> int | None:
     raise _MixesError("it contracts the token axis or multiplies tokens by tokens")
 
 
+def _experts(node: fx.Node, axes: Axes) -> int | None:
+    axis, rank = _first(node, axes)
+    logits, *weights = args_of(node)[1:4]
+    if axis == rank - 1 or axes.get(logits) != axis or any(axes.get(n) is not None for n in weights):
+        raise _MixesError("its tokens and their choices stand on different axes")
+    return axis
+
+
 def _attention(node: fx.Node, axes: Axes) -> int | None:
     return 1
 
@@ -259,6 +267,7 @@ RULES: dict[Any, Rule] = {
     aten.layer_norm.default: _norm,
     aten.cat.default: _cat,
     aten.matmul.default: _matmul,
+    ops.experts: _experts,
     ops.attention: _attention,
     ops.neighbor_attention: _attention,
     ops.attention_row: _scores,

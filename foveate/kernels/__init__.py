@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from foveate.kernels import (
     attention,
     counting,
+    experts,
     fit,
     guided,
     kv,
@@ -36,6 +37,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
     "neighbor_attention": dispatch.neighbor_attention,
     "linear": linear.linear,
+    "experts": experts.experts,
     "encoder_attention": attention.encoder_attention,
     "varlen_attention": attention.varlen_attention,
     "attention_row": attention.attention_row,
@@ -92,6 +94,7 @@ LIBRARY.impl("residual", tokens.residual, "CompositeImplicitAutograd")
 DIFFERENTIABLE = (
     "attention",
     "linear",
+    "experts",
     "encoder_attention",
     "varlen_attention",
     "attention_row",
@@ -116,7 +119,7 @@ differentiable("weighted_attention", learned.weighted_attention, learned.weighte
 
 FOLLOW_AUTOCAST = (
     *("attention", "linear", "neighbor_attention", "encoder_attention", "varlen_attention", "attention_row"),
-    *("cross_attention", "weighted_attention", "attention_sums", "attention_with_sums", "neighbor_sums"),
+    *("experts", "cross_attention", "weighted_attention", "attention_sums", "attention_with_sums", "neighbor_sums"),
 )
 
 for _name in FOLLOW_AUTOCAST:

@@ -158,8 +158,13 @@ def linear(x: Tensor, weight: Tensor, *rest: Any, **also: Any) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
+def _experts(x: Tensor, logits: Any, gate_up: Tensor, down: Tensor, chosen: int, *rest: Any, **also: Any) -> int:
+    return 6 * x.numel() * chosen * down.shape[2]
+
+
 FLOPS: dict[str, Callable[..., int]] = {
     "linear": linear,
+    "experts": _experts,
     "attention": _attention,
     "neighbor_attention": _neighbor_attention,
     "encoder_attention": _encoder_attention,

@@ -23,6 +23,7 @@ from foveate.models.llava_next import LlavaNext
 from foveate.models.llava_onevision import LlavaOnevision
 from foveate.models.qwen2_5_vl import Qwen25VL
 from foveate.models.qwen3_vl import Qwen3VL
+from foveate.models.qwen3_vl_moe import Qwen3VLMoe
 from foveate.models.qwen_vl import Qwen2VL
 from foveate.models.recording import first_names, record_graph
 from foveate.models.smolvlm import SmolVLM
@@ -35,16 +36,12 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": LlavaOnevision(),
     "qwen2_5_vl": Qwen25VL(),
     "qwen3_vl": Qwen3VL(),
+    "qwen3_vl_moe": Qwen3VLMoe(),
     "smolvlm": SmolVLM(),
     "idefics3": SmolVLM(),
     "gemma3": Gemma3(),
 }
 """Hugging Face `model_type` -> what is known of the family."""
-
-REFUSED = {
-    "qwen3_vl_moe": "each token chooses its experts, which run as many rows as chose them: that op is not known",
-}
-"""Families that are known, and why they are not supported."""
 
 
 def family_of(model: Any) -> Family:
@@ -56,8 +53,6 @@ def family_of(model: Any) -> Family:
     known = ", ".join(FAMILIES)
     if not isinstance(model, nn.Module) or kind is None:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; supported families: {known}")
-    if kind in REFUSED:
-        raise UnsupportedModelError(f"model family {kind} is not supported: {REFUSED[kind]}; supported: {known}")
     if kind not in FAMILIES:
         raise UnsupportedModelError(f"model family {kind!r} is not supported; supported: {known}")
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):

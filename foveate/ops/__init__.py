@@ -15,6 +15,7 @@ from foveate.ops.core import (
     residual,
     varlen_attention,
 )
+from foveate.ops.experts import ACTIVATIONS, experts
 from foveate.ops.fit import received_attention
 from foveate.ops.guided import (
     cluster_count,
@@ -48,6 +49,7 @@ from foveate.ops.tower import cls_curve, column_means, crossget, join_tokens, pa
 from foveate.ops.vision import ROUND, distinct_pairs, distinct_scores, diverse_scores, prumerge, visionzip
 
 __all__ = [
+    "ACTIVATIONS",
     "BLOCK",
     "FEW_QUERIES",
     "LIBRARY",
@@ -73,6 +75,7 @@ __all__ = [
     "divergence",
     "diverse_scores",
     "encoder_attention",
+    "experts",
     "grid_scores",
     "heavy_recent_count",
     "heavy_tokens",

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from foveate import ops
 from foveate.errors import PassError
 from foveate.ir.rewriter import Rewriter, nodes_of
 from foveate.ir.weights import permute, read_weight, slice_weight
@@ -95,6 +96,11 @@ class DropVisualNeurons(Pass):
             part: nodes_of(edit.graph, stream="visual", role=roles[part], layer=layer, op=torch.ops.aten.linear.default)
             for part in ("gate", "up", "down")
         }
+        if nodes_of(edit.graph, stream="visual", layer=layer, op=ops.experts):
+            raise PassError(
+                f"{self.name}: in layer {layer} each token chooses its experts, which use few neurons as it is; prune "
+                "tokens, heads or late layers instead"
+            )
         if not linears["down"]:
             return False
         if edit.program.info.intermediate_size != linears["gate"][0].meta["val"].shape[-1]:

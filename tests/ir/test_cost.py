@@ -65,6 +65,7 @@ COUNTED = {
     getattr(torch.ops.foveate, name): inside(IMPLEMENTATIONS[name])
     for name in (
         "attention",
+        "experts",
         "neighbor_attention",
         "encoder_attention",
         "varlen_attention",

@@ -267,6 +267,7 @@ FAMILIES: dict[str, Callable[[Any, int], Any]] = {
     "llava_onevision": OneVision,
     "qwen2_5_vl": Timed,
     "qwen3_vl": Told,
+    "qwen3_vl_moe": Told,
     "smolvlm": PaddedTiles,
     "idefics3": PaddedTiles,
     "gemma3": Whole,

@@ -26,6 +26,7 @@ PUBLISHED = {
     "llava-v1.6-vicuna-7b": (7.06e9, 576),
     "qwen2-vl-7b": (8.29e9, 256),
     "qwen2.5-vl-7b": (8.29e9, 256),
+    "qwen3-vl-30b-a3b": (31e9, 256),
     "qwen3-vl-4b": (4.44e9, 256),
     "smolvlm2-2.2b": (2246784880, 81),
 }

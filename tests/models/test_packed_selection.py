@@ -30,7 +30,7 @@ from tests.oracle.masked import masked_forward, masked_greedy
 from tests.oracle.masks import Masks, Neighbors, Prune
 from tests.oracle.vision import best
 
-MODELS = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+MODELS = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")
 ROWS = ([[1, 0]], [[2, 0], [0, 0], [1, 1]], [[0, 1]], [[0, 0]])
 """Images in each prompt, and videos."""
 

@@ -15,7 +15,7 @@ from foveate import ops
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.cost import cost_of
 from foveate.ir.program import args_of, info
-from foveate.models.registry import FAMILIES, family_of, trace_program
+from foveate.models.registry import FAMILIES, trace_program
 from foveate.passes.pipeline import apply_pipeline
 from tests.ir.programs import once
 from tests.models import decoders, tiny
@@ -202,11 +202,3 @@ def test_other_shares_of_frequencies_are_refused(section: list[int]) -> None:
     rope = {"rope_type": "default", "mrope_section": section, "rope_theta": 1000.0}
     with pytest.raises(UnsupportedModelError, match=r"mrope_section \[\d, \d, \d\] is not supported for heads of 8"):
         trace_program(tiny.qwen3_vl("meta", text={"rope_parameters": rope}))
-
-
-def test_experts_are_refused_by_name() -> None:
-    class Qwen3VLMoeForConditionalGeneration(torch.nn.Module):
-        config = type("Config", (), {"model_type": "qwen3_vl_moe"})()
-
-    with pytest.raises(UnsupportedModelError, match="qwen3_vl_moe is not supported: each token chooses its experts"):
-        family_of(Qwen3VLMoeForConditionalGeneration())

@@ -30,12 +30,13 @@ MODELS: dict[str, Any] = {
     "llava-onevision, qwen2": tiny.llava_onevision,
     "qwen2.5-vl": tiny.qwen2_5_vl,
     "qwen3-vl": tiny.qwen3_vl,
+    "qwen3-vl-moe": tiny.qwen3_vl_moe,
     "smolvlm": tiny.smolvlm,
     "idefics3": lambda: tiny.smolvlm("idefics3", image_size=48),
     "gemma3": tiny.gemma3,
 }
 PINPOINTS = [[26, 52], [52, 26], [52, 52], [78, 26], [26, 78], [52, 78]]
-VIDEOS = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision, qwen2")
+VIDEOS = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "llava-onevision, qwen2")
 each = pytest.mark.parametrize("name", MODELS)
 
 ROWS: tuple[list[list[int]], ...] = ([[1]], [[2], [0], [1]], [[0], [0]], [[1], [1]])
@@ -114,7 +115,11 @@ CASES: dict[str, tuple[str, Masks]] = {
 
 
 NO_NEIGHBORS = r"neighbor-attention: in layer 0 a token sees every token of its own image, which neighbor-attention"
-REFUSED = {("gemma3", case): NO_NEIGHBORS for case in ("neighbors", "causal neighbors", "all")}
+EXPERTS = "drop-visual-neurons: in layer 0 each token chooses its experts"
+REFUSED = {
+    **{("gemma3", case): NO_NEIGHBORS for case in ("neighbors", "causal neighbors", "all")},
+    **{("qwen3-vl-moe", case): EXPERTS for case in ("neurons", "all")},
+}
 """What a family does not take, and why."""
 
 

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 
 import foveate.kernels  # noqa: F401  # what graphs run on
@@ -77,7 +78,12 @@ def qwen2_5_vl(device: str = "cpu", text: dict[str, Any] | None = None, vision: 
     return build(config, device)
 
 
-def qwen3_vl(device: str = "cpu", text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Any:
+def qwen3_vl(
+    device: str = "cpu",
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    kind: Any = Qwen3VLConfig,
+) -> Any:
     """A Qwen3-VL with DeepStack behind two of its three layers; `text` changes its decoder, `vision` its tower."""
     tower = {
         "depth": 3,
@@ -91,7 +97,7 @@ def qwen3_vl(device: str = "cpu", text: dict[str, Any] | None = None, vision: di
         **(vision or {}),
     }
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1000.0, "mrope_interleaved": True}
-    config = Qwen3VLConfig(
+    config = kind(
         text_config={**TEXT, "head_dim": HIDDEN // HEADS, "rope_parameters": rope, **(text or {})},
         vision_config=tower,
         image_token_id=VOCAB - 1,
@@ -99,6 +105,12 @@ def qwen3_vl(device: str = "cpu", text: dict[str, Any] | None = None, vision: di
         tie_word_embeddings=False,
     )
     return build(config, device)
+
+
+def qwen3_vl_moe(device: str = "cpu", text: dict[str, Any] | None = None) -> Any:
+    """A Qwen3-VL of which each token takes two of five experts, but in its second layer, which has none."""
+    own = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": FFN // 2, "mlp_only_layers": [1]}
+    return qwen3_vl(device, {**own, **(text or {})}, kind=Qwen3VLMoeConfig)
 
 
 def internvl(decoder: str = "llama", device: str = "cpu", vision: dict[str, Any] | None = None, **text: Any) -> Any:

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 
 from foveate import __version__
-from foveate.backends.onnx import aten, attention, fit, guided, kv, segments, selection, tower, vision
+from foveate.backends.onnx import aten, attention, experts, fit, guided, kv, segments, selection, tower, vision
 from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer, reads
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
 from foveate.backends.onnx.opsets import IR_VERSIONS, OPSET
@@ -24,6 +24,7 @@ BLOCKS = 4
 WRITERS: dict[Any, Writer] = {
     **aten.WRITERS,
     **attention.WRITERS,
+    **experts.WRITERS,
     **selection.WRITERS,
     **fit.WRITERS,
     **guided.WRITERS,

@@ -135,7 +135,8 @@ class Meter:
         for source in dict.fromkeys(node.all_input_nodes):
             if self._is_read(source, node):
                 part = node.target in GATHERS and source is args_of(node)[0]
-                moved[self.kind(source)] += min(self.nbytes(source), out) if part else self.nbytes(source)
+                read = self.nbytes(source) * self._share_of(source, node)
+                moved[self.kind(source)] += min(self.nbytes(source), out) if part else round(read)
         return self._timed(node, flops, computed, moved, out)
 
     def _written(self, node: fx.Node) -> int:
@@ -150,6 +151,14 @@ class Meter:
         if not isinstance(source.meta.get("val"), Tensor):
             return False
         return not (self.device.fused and reader.target in FUSABLE and base_of(source).target in FUSABLE)
+
+    def _share_of(self, source: fx.Node, reader: fx.Node) -> float:
+        """The part of a value that is read: of experts, those that some token chooses, if all are as likely."""
+        if reader.target != ops.experts or source not in args_of(reader)[2:4]:
+            return 1.0
+        x, _, _, _, chosen, _ = args_of(reader)
+        tokens = self.sizes.numel(x) // self.sizes.shape(x)[-1]
+        return float(1 - (1 - chosen / self.sizes.shape(source)[0]) ** tokens)
 
     def _timed(self, node: fx.Node, flops: int, computed: int, moved: dict[str, int], written: int) -> Work:
         rate = self.device.rate(self.precision.dtype)
@@ -200,6 +209,11 @@ def node_flops(node: fx.Node, sizes: Sizes, device: Device) -> tuple[int, int]:
 
 def _linear(node: fx.Node, sizes: Sizes) -> int:
     return 2 * sizes.numel(node) * sizes.shape(args_of(node)[1])[1]
+
+
+def _experts(node: fx.Node, sizes: Sizes) -> int:
+    x, _, _, down, chosen, _ = args_of(node)
+    return 6 * sizes.numel(x) * int(chosen) * sizes.shape(down)[2]
 
 
 def _conv(node: fx.Node, sizes: Sizes) -> int:
@@ -339,6 +353,7 @@ def _cls_curve(node: fx.Node, sizes: Sizes) -> int:
 
 FLOPS: dict[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.linear.default: _linear,
+    ops.experts: _experts,
     aten.conv2d.default: _conv,
     aten.matmul.default: _matmul,
     ops.encoder_attention: _encoder_attention,

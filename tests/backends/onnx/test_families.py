@@ -34,6 +34,8 @@ PIPELINES = (
 def test_a_package_answers_as_torch_does(name: str, passes: str, tmp_path: Path) -> None:
     if name == "gemma3":
         passes = passes.removeprefix("neighbor-attention{radius=1},")  # which refuses images that are seen whole
+    if name == "qwen3-vl-moe":
+        passes = passes.replace("drop-visual-neurons{keep=0.5},", "")  # which refuses experts
     eager = foveate.optimize(source(name), passes, traced=traced(name))
     found = foveate.export(eager, output=tmp_path / "out")
     assert found.parity is not None and found.parity.ok and found.parity.tokens and found.parity.difference < 1e-5
