@@ -132,12 +132,14 @@ def add_graphs(work: Path, names: Sequence[str], model: OptimizedModel, opset: i
 def prompts_of(model: OptimizedModel) -> dict[str, int]:
     """What whoever runs a model's graphs must know of prompts: see `foveate.runner.prompts.Vocabulary`."""
     about = model.program.info
+    end = {} if about.position_limit is None else {"position_limit": about.position_limit}
     return {
         "image_token_id": about.image_token_id,
         "tokens_per_image": about.tokens_per_image,
         "columns": about.grid[1],
         "vocabulary": len(model.program.weights.get(about.paths["embed"])),
         "longest": model.config.get_text_config().max_position_embeddings,
+        **end,
     }
 
 

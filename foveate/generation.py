@@ -22,6 +22,9 @@ CACHE = next(
 )
 """What the installed transformers calls the cache in calls and in `generate`; `cache` from 5.24 on."""
 
+UNTIL = "until"
+"""How many tokens of prompt and answer will be run in all, as a model's call takes it."""
+
 
 @dataclass
 class NextToken(ModelOutput):  # type: ignore[misc]  # transformers is untyped
@@ -66,6 +69,7 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         seen = cache.get_seq_length() if cache is not None else 0
         inputs = {"input_ids": input_ids[:, seen:], "cache": cache}
         inputs["use_cache"] = options.get("use_cache", True)
+        inputs |= {name: options[name] for name in (UNTIL,) if name in options}
         if not seen:
             inputs |= {"attention_mask": attention_mask, **{name: options.get(name) for name in self._given()}}
         return inputs
@@ -75,6 +79,8 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
     ) -> None:
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = VisualTextCache()
+        if self.program.info.position_limit is not None:
+            model_kwargs[UNTIL] = generation_config.max_length - 1  # the last token is not run
 
     def _update_model_kwargs_for_generation(
         self, outputs: NextToken, model_kwargs: dict[str, Any], *rest: Any, **options: Any

@@ -22,6 +22,7 @@ from foveate.ir.weights import linear_weights
 from foveate.labels import Asked, asked_of
 from foveate.models.registry import FAMILIES
 from foveate.ops import PAD
+from foveate.positions import check_step
 from foveate.prompts import Prompts, embed, prepare
 from foveate.ragged import run_in_groups
 from foveate.steps import Capture, captured, cuda_graph
@@ -109,6 +110,7 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         questions: Tensor | None = None,
+        until: int = 0,
         **options: Any,
     ) -> NextToken:
         """Next-token logits of a batch of prompts, or of their continuation when a filled cache is given.
@@ -116,7 +118,9 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         Takes what the model's processor returns. With labels, int64 [B, S] as transformers takes them, the loss: the
         mean over labels, or their sum over `num_items_in_batch`. Selections such as FastV's then heed the last token
         before each row's first label, as they would for that prompt alone. questions: fp32 [images, P] of
-        `foveate.questions`, where a pass asks for them. Raises InputError where the inputs do not fit together.
+        `foveate.questions`, where a pass asks for them. until: tokens of prompt and answer that will be run in all, as
+        `generate` gives it to models with an end of positions. Raises InputError where the inputs do not fit together,
+        or would go beyond that end.
         """
         named = {"pixel_values": pixel_values, "questions": questions, **_asked_for(options)}
         prompts = Prompts.of(
@@ -133,8 +137,9 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         if cache is not None and cache.get_seq_length():
             if not isinstance(cache, VisualTextCache):
                 raise InputError(f"the cache is a {type(cache).__name__}; give one that this model returned")
+            self._check_step(prompts.input_ids, cache, until)
             return self._run_decode(prompts.input_ids, cache)
-        prepared = prepare(self.program, self._run, prompts)
+        prepared = prepare(self.program, self._run, prompts, until=until)
         return self._run_prefill(prompts.input_ids, prepared.inputs, prepared.streams, cache, use_cache)
 
     def _run_prefill(
@@ -195,6 +200,12 @@ class OptimizedModel(PreTrainedModel, Generates):  # type: ignore[misc]  # trans
         orders = {0: streams.visual.order} if self.program.shortens else {}
         orders |= {int(layer): order for layer, order in chosen.items()}
         return {layer: _placed(order, streams) for layer, order in orders.items()} or None
+
+    def _check_step(self, input_ids: Tensor, cache: VisualTextCache, until: int) -> None:
+        """Raise InputError where these tokens, or those that `generate` lets follow, would go too far."""
+        limit = self.program.info.position_limit
+        if limit is not None:
+            check_step(limit, cache.taken(), max(input_ids.shape[1], until - cache.seen))
 
     def _run_decode(self, input_ids: Tensor, cache: VisualTextCache) -> NextToken:
         batch, tokens = input_ids.shape

@@ -16,6 +16,7 @@ from foveate.ir.program import Program
 from foveate.labels import NO_LABEL, next_labels
 from foveate.models.registry import FAMILIES
 from foveate.ops import PAD
+from foveate.positions import check_positions
 from foveate.streams import Streams, arrange, check_prompts, reaches, shorten
 
 TEXT = ("input_ids", "attention_mask", "position_ids")
@@ -67,20 +68,37 @@ class Prepared:
     following: Tensor | None = None
 
 
-def prepare(program: Program, run: Mapping[str, Runner], prompts: Prompts, labels: Tensor | None = None) -> Prepared:
-    """Run the tower over the images of a batch, and take its prompts apart; InputError where they do not fit."""
+def prepare(
+    program: Program,
+    run: Mapping[str, Runner],
+    prompts: Prompts,
+    labels: Tensor | None = None,
+    until: int = 0,
+) -> Prepared:
+    """Run the tower over the images of a batch, and take its prompts apart; InputError where they do not fit.
+
+    until: tokens of prompt and answer that will be run in all, if more than the prompt's. Where positions have an end,
+    those are held to it before anything runs; where they close over what the tower lets go, behind the tower.
+    """
     about, ids = program.info, prompts.input_ids
     family = FAMILIES[about.family]
     check_prompts(ids, prompts.attention_mask, prompts.position_ids, family.position_axes)
     image = about.visual(ids)
     _check_types(prompts, image)
+    real = torch.ones_like(image) if prompts.attention_mask is None else prompts.attention_mask.bool()
+    new_tokens = max(until - ids.shape[1], 0) + 1  # the last one is not run
+    positions, closes = prompts.position_ids, program.shortens and not family.position_axes
+    if about.position_limit is not None and not closes:
+        positions = family.positions(about, prompts.given, ids, real) if positions is None else positions
+        check_positions(about.position_limit, _taken(real, positions), new_tokens)
     out = _seen(program, run, prompts.given)
     layout = family.layout(about, prompts.given, ids[image], out)
-    positions = prompts.position_ids
     if positions is None:
-        real = torch.ones_like(image) if prompts.attention_mask is None else prompts.attention_mask.bool()
         positions = family.positions(about, prompts.given, ids, real)
     mask, positions = shorten(ids, image, layout, prompts.attention_mask, positions)
+    if about.position_limit is not None and closes:
+        real = torch.ones_like(image) if mask is None else mask.bool()
+        check_positions(about.position_limit, _taken(real, positions), new_tokens)
     following = None if labels is None else next_labels(ids, mask, labels)
     asked = None if following is None else following != NO_LABEL
     streams = arrange(ids, image, layout, mask, positions, asked)
@@ -88,6 +106,15 @@ def prepare(program: Program, run: Mapping[str, Runner], prompts: Prompts, label
     if layout.features is not None:
         features = layout.features
     return Prepared(_inputs(program, ids, streams, features, deepstack), streams, following)
+
+
+def _taken(real: Tensor, positions: Tensor | None) -> list[int]:
+    """How many positions each prompt takes. real: bool [B, S], no padding. positions: [..., B, S], or counted."""
+    if positions is None:
+        found: list[int] = real.sum(1).tolist()
+    else:
+        found = (torch.where(real, positions, -1).amax(-1).view(-1, len(real)).amax(0) + 1).tolist()
+    return found
 
 
 def _check_types(prompts: Prompts, image: Tensor) -> None:

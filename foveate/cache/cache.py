@@ -34,6 +34,7 @@ class VisualTextCache:
         self.prefix = -1
         self.seen = 0
         self.next_position: Tensor | None = None
+        self._taken: int | None = None
         self.step: Any = None  # what `foveate.steps` captured over these buffers
         self.reordered = False
 
@@ -70,7 +71,7 @@ class VisualTextCache:
         if not self.evicting:
             self.fixed |= orders
             self.text["past_order"] = Growing(text_order, 1, PAD)
-        self.prefix, self.seen, self.next_position = prefix, seen, position
+        self.prefix, self.seen, self.next_position, self._taken = prefix, seen, position, None
 
     def extend(self, kv: list[Any], order: Tensor, scores: list[Tensor] | None = None) -> None:
         """Take over the keys and values of new text tokens [B, Hk, T, e] and their order [B, T].
@@ -87,6 +88,7 @@ class VisualTextCache:
             self.text["past_order"].append(order)
         assert self.next_position is not None  # fill came first
         self.next_position = self.next_position + order.shape[1]
+        self._taken = None if self._taken is None else self._taken + order.shape[1]
         self.seen += order.shape[1]
 
     def inputs(self, whole: bool = False) -> dict[str, Tensor | int]:
@@ -105,6 +107,13 @@ class VisualTextCache:
         blocks = sum(cache.nbytes() for cache in self.evicting.values())
         return blocks + sum(p.nbytes for p in parts if p.is_floating_point())
 
+    def taken(self) -> int:
+        """Positions that the row which is farthest along has taken; read from the device once, then counted."""
+        assert self.next_position is not None  # fill came first
+        if self._taken is None:
+            self._taken = int(self.next_position.max())
+        return self._taken
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, image tokens and padding included."""
         return self.seen
@@ -119,7 +128,7 @@ class VisualTextCache:
             part.select_rows(rows)
         for cache in self.evicting.values():
             cache.select_rows(rows)
-        self.next_position = self.next_position.index_select(0, rows)
+        self.next_position, self._taken = self.next_position.index_select(0, rows), None
 
     def activate_past_recording(self) -> None:
         """Assisted decoding would start here; it needs logits of several tokens at once, which programs do not give."""

@@ -62,6 +62,8 @@ class ModelInfo:
     attention has windows. deepstack: behind how many of the first layers visual tokens get features of their own added.
     embed_scale: what token embeddings are multiplied by. norm_offset: what the decoder's norms add to their weights.
     uniform: whether every image, or tile, becomes as many tokens as `grid` has, row by row and in one piece.
+    position_limit: positions that a prompt and its answer may take, where frequencies of rotary embeddings change
+    beyond.
     """
 
     family: str
@@ -84,6 +86,7 @@ class ModelInfo:
     embed_scale: float = 1.0
     norm_offset: float = 0.0
     uniform: bool = True
+    position_limit: int | None = None
 
     @property
     def tokens_per_image(self) -> int:

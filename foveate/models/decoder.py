@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.errors import UnsupportedModelError
 from foveate.models.recording import Inputs, Size, Wrapper
-
-STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
-"""Rotary embeddings whose frequencies do not depend on the prompt's length."""
+from foveate.models.rotary import position_limit
 
 PATHS = {
     "embed": "model.language_model.embed_tokens.weight",
@@ -56,14 +53,9 @@ class Decoder(Wrapper):
 def common(config: Any, roles: Mapping[str, str] = ROLES, paths: Mapping[str, str] = PATHS) -> dict[str, Any]:
     """What `ModelInfo` has in common for all models with such a configuration: sizes of the decoder, names of weights.
 
-    Raises UnsupportedModelError for rotary embeddings that depend on the prompt's length.
+    Raises UnsupportedModelError for rotary embeddings that are not supported: see `position_limit`.
     """
     text = config.text_config
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in STATIC_ROPE:
-        raise UnsupportedModelError(
-            f"rotary embedding {rope!r} depends on the prompt's length; supported: {', '.join(sorted(STATIC_ROPE))}"
-        )
     return {
         "layers": text.num_hidden_layers,
         "heads": text.num_attention_heads,
@@ -72,6 +64,7 @@ def common(config: Any, roles: Mapping[str, str] = ROLES, paths: Mapping[str, st
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,
         "image_token_id": config.image_token_id,
+        "position_limit": position_limit(text),
         "paths": dict(paths),
         "roles": dict(roles),
         "config": config.to_dict(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
-from foveate.models.decoder import STATIC_ROPE, common
+from foveate.models.decoder import common
 from foveate.models.family import Given
 from foveate.models.recording import Wrapper
 from foveate.models.tiles import Tiles
@@ -89,13 +89,6 @@ class Gemma3(Tiles):
                 f"layers {', '.join(sorted(kinds))} with sliding_window {text.sliding_window!r} are not supported in a "
                 f"Gemma 3; {' and '.join(sorted(KINDS))}, with a number of tokens, are"
             )
-        ropes = {kind: (text.rope_parameters[kind] or {}).get("rope_type", "default") for kind in sorted(kinds)}
-        for kind, rope in ropes.items():
-            if rope not in STATIC_ROPE:
-                raise UnsupportedModelError(
-                    f"rotary embedding {rope!r} ({kind}) depends on the prompt's length; supported: "
-                    f"{', '.join(sorted(STATIC_ROPE))}"
-                )
         patches, side = vision.image_size // vision.patch_size, int(config.mm_tokens_per_image**0.5)
         if side**2 != config.mm_tokens_per_image or patches % side:
             raise UnsupportedModelError(

@@ -26,6 +26,7 @@ from foveate.models.qwen3_vl import Qwen3VL
 from foveate.models.qwen3_vl_moe import Qwen3VLMoe
 from foveate.models.qwen_vl import Qwen2VL
 from foveate.models.recording import first_names, record_graph
+from foveate.models.rotary import below_limit
 from foveate.models.smolvlm import SmolVLM
 
 FAMILIES: dict[str, Family] = {
@@ -84,8 +85,8 @@ def trace_joint(model: Any) -> tuple[Any, Program]:
     """The decoder before splitting, and a program that holds the vision graph and the weights."""
     family = family_of(model)
     about = family.describe(model.config)
-    program = Program(info=about, weights=_weights(model), symbols=Symbols())
-    with captured_attention(model, windows=family.whole_images):
+    with below_limit(model, about.position_limit), captured_attention(model, windows=family.whole_images):
+        program = Program(info=about, weights=_weights(model), symbols=Symbols())
         program.graphs["vision"] = record_graph(
             program,
             model,

@@ -105,6 +105,10 @@ class Cache:
         self.order[:, self.length : self.length + tokens] = order
         self.length += tokens
 
+    def taken(self) -> int:
+        """Positions that the row which is farthest along has taken."""
+        return int(self.next_position.max())
+
     def nbytes(self) -> int:
         """Bytes of the keys and values held, with the room for growth."""
         values = [value.held for value in (*self.fixed.values(), *self.text.values())]

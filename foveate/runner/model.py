@@ -11,10 +11,11 @@ import numpy as np
 
 from foveate.errors import BackendError, InputError
 from foveate.manifest import GRAPHS, MANIFEST, read_manifest, reading
+from foveate.positions import check_positions, check_step
 from foveate.runner.cache import ArrayWriter, Cache, Writer
 from foveate.runner.choosing import Chooser
 from foveate.runner.device import GraphWriter
-from foveate.runner.prompts import Array, Images, Streams, Vocabulary, arrange
+from foveate.runner.prompts import Array, Images, Streams, Vocabulary, arrange, taken
 from foveate.runner.sessions import Device, Session
 from foveate.runner.settings import SAMPLING, Settings
 from foveate.runner.steps import stepped
@@ -49,6 +50,8 @@ class NumpyModel:
     def __init__(self, graphs: dict[str, Session], about: Vocabulary, settings: Settings, passes: list[str]) -> None:
         self.about, self.passes, self.longest = about, passes, about.longest
         self.graphs, self.settings = graphs, settings
+        # Positions close over what a selection in the tower lets go.
+        self.closes = not {"source", "count"}.isdisjoint(graphs["vision"].outputs)
         step = self.graphs["decode"]
         if any(name.startswith("scores.") for name in step.outputs):
             raise BackendError(f"steps that evict keys (heavy-recent) do not run over numpy arrays: {ORDINARY}")
@@ -75,19 +78,30 @@ class NumpyModel:
         """Next-token logits of a batch of prompts, or of their continuation when a cache is given, which grows.
 
         Takes what the model's processor returns, as arrays. questions: fp32 [images, P] of `foveate.questions`, where a
-        pass asks for them. Raises InputError where the inputs do not fit together.
+        pass asks for them. Raises InputError where the inputs do not fit together, or go beyond the model's positions.
         """
         _refuse(options)
         ids = self._ids(input_ids)
-        if cache is not None:
-            if ids.ndim != 2 or not ids.size or len(ids) != len(cache.order):
-                raise InputError(
-                    f"input_ids has shape {ids.shape}; the cache goes on with [{len(cache.order)}, tokens]"
-                )
-            return NextLogits(stepped(self.graphs["embed"], self.graphs["decode"], cache, ids), cache)
+        if cache is None:
+            return self._first(ids, pixel_values, attention_mask, position_ids, questions)
+        if ids.ndim != 2 or not ids.size or len(ids) != len(cache.order):
+            raise InputError(f"input_ids has shape {ids.shape}; the cache goes on with [{len(cache.order)}, tokens]")
+        check_step(self.about.position_limit, cache.taken(), ids.shape[1])
+        return NextLogits(stepped(self.graphs["embed"], self.graphs["decode"], cache, ids), cache)
+
+    def _first(
+        self, ids: Array, pixel_values: Any, attention_mask: Any, position_ids: Any, questions: Any, new_tokens: int = 1
+    ) -> NextLogits:
+        """What a call returns for prompts; those and their answers are held to the model's positions first."""
         mask, positions = (None if x is None else np.asarray(x, np.int64) for x in (attention_mask, position_ids))
+        limit = self.about.position_limit
+        if limit is not None and not self.closes:
+            check_positions(limit, taken(ids, mask, positions), new_tokens)
         images = self._images(pixel_values, questions)
-        return self._prefill(ids, arrange(self.about, ids, mask, positions, images), images)
+        streams = arrange(self.about, ids, mask, positions, images)
+        if limit is not None and self.closes:
+            check_positions(limit, streams.taken(), new_tokens)
+        return self._prefill(ids, streams, images)
 
     def _prefill(self, ids: Array, streams: Streams, images: Images | None) -> NextLogits:
         text = self.graphs["embed"].run({"input_ids": _taken(ids, streams.text.index)})["inputs_embeds"].read()
@@ -137,7 +151,8 @@ class NumpyModel:
         put = getattr(streamer, "put", streamer)
         if put is not streamer:
             put(ids)
-        first = self(ids, pixel_values, attention_mask, position_ids, questions)
+        new_tokens = settings.new_tokens(ids.shape[-1])
+        first = self._first(ids, pixel_values, attention_mask, position_ids, questions, new_tokens)
         for tokens in self._answer(first, settings):
             parts.append(tokens[:, None])
             if put is not None:
@@ -147,8 +162,13 @@ class NumpyModel:
         return np.concatenate(parts, 1)
 
     def tokens(self, first: NextLogits, **options: Any) -> Iterator[Array]:
-        """The answer to prompts that were called, int64 [B] a step; options as `generate` takes them."""
-        return self._answer(first, self._settings(options))
+        """The answer to prompts that were called, int64 [B] a step; options as `generate` takes them.
+
+        Raises InputError where the longest answer would go beyond the model's positions.
+        """
+        settings, cache = self._settings(options), first.cache
+        check_step(self.about.position_limit, cache.taken(), settings.new_tokens(cache.seen) - 1)
+        return self._answer(first, settings)
 
     def _answer(self, first: NextLogits, settings: Settings) -> Iterator[Array]:
         choose, logits, cache = Chooser(settings), first.logits, first.cache

@@ -6,7 +6,7 @@ padding. The ONNX graphs need no more of it than this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Vocabulary:
     """What a package's manifest says of its prompts.
 
     vocabulary: tokens that there are. longest: tokens of a prompt with its answer. columns: of an image's grid.
+    position_limit: see `foveate.ir.program.ModelInfo`; manifests that say nothing of it have none.
     """
 
     image_token_id: int
@@ -34,16 +35,20 @@ class Vocabulary:
     columns: int
     vocabulary: int
     longest: int
+    position_limit: int | None = None
 
     @classmethod
     def of(cls, told: Any) -> Vocabulary:
         """From the manifest's entry; ValueError where that is none."""
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls) if field.default is MISSING]
         if not isinstance(told, dict) or any(type(told.get(name)) is not int or told[name] < 0 for name in names):
             raise ValueError(f"prompts must have these numbers: {', '.join(names)}")
         if not told["tokens_per_image"] or not told["columns"]:
             raise ValueError("prompts must have images of at least one token")
-        return cls(**{name: told[name] for name in names})
+        limit = told.get("position_limit")
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"position_limit of prompts is {limit!r}; it must be a whole number above 0, or left out")
+        return cls(**{name: told[name] for name in names}, position_limit=limit)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,11 @@ class Streams:
         found = _take(self.origin, np.where(spare, 0, order).reshape(len(order), -1))
         return np.where(spare, PAD, found.reshape(order.shape))
 
+    def taken(self) -> list[int]:
+        """How many positions each prompt takes, without what a selection in the tower let go."""
+        found: list[int] = (np.concatenate([self.visual.position_ids, self.text.position_ids], 1).max(1) + 1).tolist()
+        return found
+
     def reaches(self) -> dict[str, Array]:
         """The last place that each token of a stream sees, int64 [B, n], where an image's tokens see each other."""
         reach, streams = _take(self.order, _reaches(self.image)), {"visual": self.visual, "text": self.text}
@@ -100,6 +110,14 @@ def _reaches(image: Array) -> Array:
     ends = image & ~np.pad(image, ((0, 0), (0, 1)))[:, 1:]
     last = np.where(ends | ~image, places, image.shape[1])
     return np.minimum.accumulate(last[:, ::-1], 1)[:, ::-1]
+
+
+def taken(input_ids: Array, attention_mask: Array | None, position_ids: Array | None) -> list[int]:
+    """How many positions each prompt of a batch [B, S] takes; InputError where masks or shapes do not fit."""
+    _check_shapes(input_ids, attention_mask, position_ids)
+    real = np.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask.astype(bool)
+    found: list[int] = (real.sum(1) if position_ids is None else np.where(real, position_ids, -1).max(1) + 1).tolist()
+    return found
 
 
 def arrange(
@@ -115,7 +133,8 @@ def arrange(
     like padding. A prompt that ends in an image keeps its last visual token with the text, because its row gives the
     logits. Raises InputError where masks, shapes or the number of images do not fit the prompts.
     """
-    _check(about, input_ids, attention_mask, position_ids, 0 if images is None else len(images.features))
+    _check_shapes(input_ids, attention_mask, position_ids)
+    _check_images(about, input_ids, 0 if images is None else len(images.features))
     real = np.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask.astype(bool)
     places = order = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
     image = input_ids == about.image_token_id
@@ -180,9 +199,7 @@ def _take(values: Array, index: Array) -> Array:
     return np.take_along_axis(values, index, 1)
 
 
-def _check(
-    about: Vocabulary, input_ids: Array, attention_mask: Array | None, position_ids: Array | None, images: int
-) -> None:
+def _check_shapes(input_ids: Array, attention_mask: Array | None, position_ids: Array | None) -> None:
     if input_ids.ndim != 2 or not input_ids.size:
         raise InputError(f"input_ids has shape {input_ids.shape}; give [batch, sequence] with at least one token")
     batch, length = input_ids.shape
@@ -192,6 +209,9 @@ def _check(
     ):
         if value is not None and value.shape not in allowed:
             raise InputError(f"{name} has shape {value.shape}; input_ids has {input_ids.shape}")
+
+
+def _check_images(about: Vocabulary, input_ids: Array, images: int) -> None:
     tokens, expected = int((input_ids == about.image_token_id).sum()), images * about.tokens_per_image
     if tokens != expected:
         raise InputError(

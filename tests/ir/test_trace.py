@@ -256,11 +256,15 @@ def tiny_llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=0))
 
 
-def with_rope(kind: str) -> Any:
-    def change(config: Any) -> None:
-        config.text_config.rope_parameters = {"rope_type": kind, "factor": 2.0, "rope_theta": 1000.0}
-
-    return rebuilt(change)
+def longrope(config: Any) -> None:
+    config.text_config.rope_parameters = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 1000.0,
+    }
 
 
 def siglip(config: Any) -> None:
@@ -275,8 +279,8 @@ def siglip(config: Any) -> None:
         (tiny_llama, r"model family 'llama' is not supported; supported: .*llava"),
         (lambda: llava(device="meta").model, r"LlavaModel has no language head; give the .*ForConditionalGeneration"),
         (
-            lambda: with_rope("dynamic"),
-            r"rotary embedding 'dynamic' depends on the prompt's length; supported: .*default",
+            lambda: rebuilt(longrope),
+            r"rotary embedding 'longrope' depends on the prompt's length; supported: .*default",
         ),
         (lambda: rebuilt(siglip), r"vision tower 'siglip_vision_model' is not supported"),
         (

@@ -247,13 +247,6 @@ def test_what_cannot_be_traced_is_refused_by_name(make: Callable[[], Any], messa
         trace_program(make())
 
 
-def test_rotary_embeddings_that_grow_are_refused() -> None:
-    source = gemma3("meta")
-    source.config.text_config.rope_parameters["full_attention"]["rope_type"] = "dynamic"
-    with pytest.raises(UnsupportedModelError, match=r"rotary embedding 'dynamic' \(full_attention\) depends on the pr"):
-        trace_program(source)
-
-
 def test_the_embedding_is_scaled_as_transformers_scales_it_in_half_precision() -> None:
     """The square root is rounded to the weights' type first."""
     from foveate.prompts import embed

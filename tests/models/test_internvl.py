@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import fx
 
-import foveate
 from foveate import ops
 from foveate.errors import UnsupportedModelError
 from foveate.ir.cost import cost_of
@@ -21,7 +20,6 @@ from foveate.passes.pipeline import apply_pipeline
 from tests.ir.programs import once
 from tests.models import decoders
 from tests.models.decoders import PIPELINES, prompt
-from tests.models.prompts import made
 from tests.models.tiny import FFN, HIDDEN, LAYERS, internvl, random, run
 
 aten = torch.ops.aten
@@ -151,20 +149,6 @@ def test_reordering_a_part_of_a_fused_weight_leaves_the_model_and_the_dense_func
 
 
 # --- what is not supported ------------------------------------------------------------------------------
-
-
-def test_dynamic_rotary_scaling_is_refused_and_without_it_the_model_is_the_same_up_to_its_length() -> None:
-    """As docs/models.md says of InternVL3."""
-    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    source = internvl("qwen2", rope_parameters=dynamic, max_position_embeddings=64)
-    with pytest.raises(UnsupportedModelError, match="rotary embedding 'dynamic' depends on the prompt's length"):
-        trace_program(source)
-    plain = internvl("qwen2", max_position_embeddings=64)
-    inputs = made(plain, 0, [[2], [0], [1]]).inputs
-    assert inputs["input_ids"].shape[1] < 64
-    with torch.no_grad():
-        expected = source(**inputs).logits[:, -1:]
-    torch.testing.assert_close(foveate.optimize(plain, "")(**inputs).logits, expected, rtol=0, atol=1e-4)
 
 
 def with_config(**changes: Any) -> Any:

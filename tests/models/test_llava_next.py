@@ -165,6 +165,8 @@ def make(**changes: Any) -> Callable[[], Any]:
 
 
 SIGLIP = {"model_type": "siglip_vision_model"}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
+LONGROPE = {"rope_type": "longrope", **FACTORS, "original_max_position_embeddings": 64, "rope_theta": 1000.0}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ SIGLIP = {"model_type": "siglip_vision_model"}
         (make(vision=SIGLIP), r"vision tower 'siglip_vision_model' is not supported in a LLaVA-NeXT; a CLIP tower"),
         (make(vision_feature_select_strategy="full"), r"select_strategy 'full' keeps the CLS token"),
         (make(image_grid_pinpoints=[[24, 60]]), r"holds \[24, 60\], which is not a whole number of tiles of 24 pix"),
-        (make(text={"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}), "rotary embedding 'dynamic'"),
+        (make(text={"rope_parameters": LONGROPE}), "rotary embedding 'longrope' depends on the prompt's length"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_by_name(make: Callable[[], Any], message: str) -> None:
