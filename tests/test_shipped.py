@@ -20,6 +20,7 @@ from foveate.ir.snapshot.make import snapshot
 from foveate.models import configs, digits
 from foveate.models.registry import trace_program
 from foveate.passes.pipeline import apply_pipeline, recipe_models, recipes
+from tests.models.tiny import gemma3
 from tests.shipped import with_passes
 
 GOLDEN = Path(__file__).parent / "golden" / "snapshots"
@@ -31,6 +32,8 @@ CASES = [
     for name in recipe_models(recipe) or configs.names()
     if (name, recipe) != ("gemma-3-4b", "fastv-50")
 ]
+GEMMA = ("small-gemma3", "fastv-2")
+"""Layers of two kinds in turn make large snapshots; one that sees all tokens must rank."""
 MOST_BYTES = 300_000
 """Of a model with 32 layers; deeper ones may be larger in proportion."""
 
@@ -66,12 +69,17 @@ def test_the_recipe_that_ranks_by_a_layer_with_a_window_is_refused() -> None:
         with_passes("gemma-3-4b", "recipe:fastv-50")
 
 
+def test_a_small_model_of_that_family_gives_its_snapshot() -> None:
+    source = gemma3("meta", kinds="sliding full sliding full", num_hidden_layers=4)
+    check(*GEMMA, lambda: apply_pipeline(trace_program(source), "fastv{layer=2,keep=0.5}"), "h100")
+
+
 def test_the_recipe_of_digits_gives_its_snapshot() -> None:
     check("digits", DIGITS, lambda: apply_pipeline(trace_program(digits.load()[0]), f"recipe:{DIGITS}"), "cpu")
 
 
 def test_no_snapshot_is_left_of_a_recipe_that_is_gone() -> None:
-    names = {f"{name}.{recipe}.json" for name, recipe in [*CASES, ("digits", DIGITS)]}
+    names = {f"{name}.{recipe}.json" for name, recipe in [*CASES, GEMMA, ("digits", DIGITS)]}
     assert {path.name for path in GOLDEN.iterdir()} == names
 
 
