@@ -22,11 +22,13 @@ from foveate import ops
 from foveate.errors import TraceError
 from foveate.ir.attention import Attention, attentions, taken_apart
 from foveate.ir.program import ModelInfo, NodeInfo, Program, args_of, info, outputs
-from foveate.ir.rewriter import Rewriter, map_arg, nodes_of
+from foveate.ir.rewriter import Rewriter, map_arg, nodes_of, shape
 from foveate.ir.select import coords_at
 
 OBSERVERS = ("mass", "norms", "by_distance", "pairs", "neurons", "cut_kl")
-"""Values observed in a layer, in the order of the `statistics` output; see `foveate.ops` for their shapes."""
+"""Values observed in a layer, in the order of the `statistics` output; see `foveate.ops` for their shapes.
+
+In place of neurons stands None where a layer has others than `ModelInfo` says, as one of experts has."""
 
 
 TOKENS = ("cross", "own")
@@ -60,7 +62,7 @@ def observe(program: Program, tokens: bool = False) -> Program:
     return copy
 
 
-def _observe_layer(edit: Rewriter, layer: int) -> list[fx.Node]:
+def _observe_layer(edit: Rewriter, layer: int) -> list[fx.Node | None]:
     nodes = [attentions(edit.graph, layer, stream) for stream in ("visual", "text")]
     if any(len(found) != 1 or found[0].target != ops.attention for found in nodes):
         raise TraceError(f"layer {layer} cannot be observed: not every token attends there as in the dense split form")
@@ -88,6 +90,8 @@ def _observe_layer(edit: Rewriter, layer: int) -> list[fx.Node]:
             about=about,
         )
         items = [edit.item(counted, place, about) for place in range(4)]
+    if not down or shape(args_of(down[0])[0])[-1] != edit.program.info.intermediate_size:
+        return [*items, None]
     with edit.after(down[0]):
         neurons = edit.call(ops.activity, args_of(down[0])[0], order, about=about.with_(origin=(down[0].name,)))
     return [*items, neurons]

@@ -37,11 +37,11 @@ class Statistics:
     tokens, over that at text tokens (YOPO's paper, which does not say how the vectors become numbers).
     text_to_visual: float64 [L, H], sum of the share of attention that a text token after the image pays to it.
     by_distance: float64 [L, H, D], sum of attention between visual tokens of an image by distance; pairs: float64 [D],
-    how many pairs were that far apart. neurons: float64 [L, m], sum of mean |activation| over visual tokens. cut_kl:
-    float64 [L], sum of KL(without || with) of the first output token if text sees text only from that layer on.
-    visual: int64 [samples], visual tokens of each; cross, own: fp32 [visual tokens of all samples, L], what each
-    receives from the text behind the image and from visual tokens (see `foveate.ops.received_attention`); None where
-    that was not asked for. model: what of the model's shape matters. source: where the samples came from.
+    how many pairs were that far apart. neurons: float64 [L, m], sum of mean |activation| over visual tokens, 0 in
+    layers of experts. cut_kl: float64 [L], sum of KL(without || with) of the first output token if text sees text only
+    from that layer on. visual: int64 [samples], visual tokens of each; cross, own: fp32 [visual tokens of all samples,
+    L], what each receives from the text behind the image and from visual tokens (see `foveate.ops.received_attention`);
+    None where that was not asked for. model: what of the model's shape matters. source: where the samples came from.
     """
 
     model: dict[str, Any]
@@ -73,14 +73,16 @@ class Statistics:
         """How many samples were counted."""
         return len(self.mass)
 
-    def extended(self, layers: Sequence[Sequence[Tensor]], later: Tensor, visual: Tensor) -> Statistics:
+    def extended(self, layers: Sequence[Sequence[Tensor | None]], later: Tensor, visual: Tensor) -> Statistics:
         """With one more batch: the `statistics` output of an observed prefill graph.
 
         later: int64 [B], text tokens behind the first visual one; visual: int64 [B], visual tokens, which stand first.
         Raises InputError for values that are not finite.
         """
         names = OBSERVERS if self.visual is None else OBSERVERS + TOKENS
-        values = {name: torch.stack([layer[i].cpu().double() for layer in layers], 1) for i, name in enumerate(names)}
+        idle = torch.zeros(len(later), self.neurons.shape[1])
+        found = [[idle if x is None else x.cpu() for x in layer] for layer in layers]
+        values = {name: torch.stack([layer[i].double() for layer in found], 1) for i, name in enumerate(names)}
         for name, value in values.items():
             if not bool(value.isfinite().all()):
                 row, layer = (~value.isfinite()).nonzero()[0, :2].tolist()
