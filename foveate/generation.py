@@ -69,7 +69,8 @@ class Generates(GenerationMixin):  # type: ignore[misc]  # transformers is untyp
         seen = cache.get_seq_length() if cache is not None else 0
         inputs = {"input_ids": input_ids[:, seen:], "cache": cache}
         inputs["use_cache"] = options.get("use_cache", True)
-        inputs |= {name: options[name] for name in (UNTIL,) if name in options}
+        if UNTIL in options:
+            inputs[UNTIL] = options[UNTIL]
         if not seen:
             inputs |= {"attention_mask": attention_mask, **{name: options.get(name) for name in self._given()}}
         return inputs

@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.kernels.linear import linear
-from foveate.ops import ACTIVATIONS
 
-FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
-    functional.silu,
-    functional.gelu,
-    partial(functional.gelu, approximate="tanh"),
-)
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+}
 """What each of `foveate.ops.ACTIVATIONS` is."""
 
 ALIGNED = 8
@@ -33,17 +32,19 @@ ALIGNED = 8
 def experts(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, chosen: int, activation: str) -> Tensor:
     """`foveate::experts`."""
     rows = x.reshape(-1, x.shape[-1])
-    shares, number = routes(logits.reshape(-1, logits.shape[-1]), chosen)
-    order = number.flatten().argsort(stable=True)
-    counts = number.flatten().bincount(minlength=len(gate_up))
+    shares, number = _routes(logits.reshape(-1, logits.shape[-1]), chosen)
+    chosen_by = number.flatten()
+    order = chosen_by.argsort(stable=True)
+    # Not bincount, for which a GPU's host would have to wait.
+    counts = chosen_by.new_zeros(len(gate_up)).index_add(0, chosen_by, torch.ones_like(chosen_by))
     run = grouped if _groups(x, gate_up, down) else one_by_one
-    out = run(rows[order // chosen], counts, gate_up, down, FUNCTIONS[ACTIVATIONS.index(activation)])
+    out = run(rows[order // chosen], counts, gate_up, down, FUNCTIONS[activation])
     # Back to the rows' own order, where the parts of each stand together.
     parts = torch.empty_like(out).index_copy(0, order, out).view(len(rows), chosen, x.shape[-1])
     return (parts * shares[..., None]).sum(1).view(x.shape)
 
 
-def routes(logits: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+def _routes(logits: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
     """Of logits [n, E], the shares of each row's chosen experts, and which those are: two of [n, chosen]."""
     shares, number = logits.softmax(-1, dtype=torch.float32).topk(chosen, dim=-1)
     return (shares / shares.sum(-1, keepdim=True)).to(logits.dtype), number

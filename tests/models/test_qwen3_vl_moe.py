@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import foveate
 from foveate import ops
-from foveate.errors import PassError, TraceError, UnsupportedModelError
+from foveate.errors import BackendError, PassError, TraceError, UnsupportedModelError
 from foveate.ir.program import info
 from foveate.ir.tokens import token_axes
 from foveate.models.registry import trace_program
@@ -94,6 +94,14 @@ def test_a_saved_folder_an_artifact_and_a_package(tmp_path: Path) -> None:
     assert package.parity is not None and package.parity.ok and package.parity.kept
     there = foveate.load(tmp_path / "package")
     assert torch.equal(there.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_tensorrt_does_not_take_the_loop_over_experts(tmp_path: Path) -> None:
+    with pytest.raises(
+        BackendError, match=r"TensorRT does not take what is exported: decoder_prefill: Unique .*NonZero"
+    ):
+        foveate.export(optimized(NAME, ""), backend="tensorrt", output=tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

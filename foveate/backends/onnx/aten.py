@@ -151,13 +151,22 @@ def _rsqrt(emit: Emitter, node: fx.Node) -> str:
     return str(emit.op("Reciprocal", emit.op("Sqrt", emit.value(args_of(node)[0]))))
 
 
+def silu(emit: Emitter, x: str) -> str:
+    """As `torch.nn.functional.silu`."""
+    return str(emit.op("Mul", x, emit.op("Sigmoid", x)))
+
+
+def gelu(emit: Emitter, x: str, approximate: str = "none") -> str:
+    """As `torch.nn.functional.gelu`."""
+    return str(emit.op("Gelu", x, approximate=approximate))
+
+
 def _silu(emit: Emitter, node: fx.Node) -> str:
-    value = emit.value(args_of(node)[0])
-    return str(emit.op("Mul", value, emit.op("Sigmoid", value)))
+    return silu(emit, emit.value(args_of(node)[0]))
 
 
 def _gelu(emit: Emitter, node: fx.Node) -> str:
-    return str(emit.op("Gelu", emit.value(args_of(node)[0]), approximate=node.kwargs.get("approximate", "none")))
+    return gelu(emit, emit.value(args_of(node)[0]), str(node.kwargs.get("approximate", "none")))
 
 
 def _layer_norm(emit: Emitter, node: fx.Node) -> str:

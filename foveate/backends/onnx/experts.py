@@ -8,12 +8,15 @@ So an expert's weights are read only where a token chose it, and each from where
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from foveate import ops
+from foveate.backends.onnx.aten import gelu, silu
 from foveate.backends.onnx.emit import Emitter, Writer
 from foveate.ir.program import args_of
 from foveate.ir.rewriter import shape
@@ -35,7 +38,7 @@ def _experts(emit: Emitter, node: fx.Node) -> str:
         given = emit.op("GatherND", rows, own)
         both = emit.op("Gemm", given, emit.op("Gather", emit.value(gate_up), expert, axis=0), transB=1)
         gate, up = emit.op("Split", both, outputs=2, axis=1, num_outputs=2)
-        inner = emit.op("Mul", _activated(emit, gate, activation), up)
+        inner = emit.op("Mul", ACTIVATIONS[activation](emit, gate), up)
         made = emit.op("Gemm", inner, emit.op("Gather", emit.value(down), expert, axis=0), transB=1)
         weighted = emit.op("Mul", made, emit.unsqueeze(emit.op("GatherND", shares, places), 1))
         return [str(emit.op("ScatterND", out, own, emit.op("Add", emit.op("GatherND", out, own), weighted)))]
@@ -53,10 +56,10 @@ def _routes(emit: Emitter, logits: Any, chosen: int) -> tuple[str, str]:
     return emit.cast(str(shares), logits.meta["val"].dtype), str(number)
 
 
-def _activated(emit: Emitter, x: str, activation: str) -> str:
-    if activation == "silu":
-        return str(emit.op("Mul", x, emit.op("Sigmoid", x)))
-    return str(emit.op("Gelu", x, approximate="none" if activation == "gelu" else "tanh"))
-
+ACTIVATIONS: dict[str, Callable[[Emitter, str], str]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
+}
 
 WRITERS: dict[Any, Writer] = {ops.experts: _experts}
