@@ -8,6 +8,7 @@ import foveate.kernels  # noqa: F401  registers what the foveate ops compute
 from foveate.backends.adapters import with_adapters
 from foveate.backends.base import Inputs, Runner, input_names
 from foveate.ir.program import Program
+from foveate.ir.tokens import ELEMENTWISE
 from foveate.ir.weights import aten
 from foveate.kernels.linear import linear, pays
 
@@ -15,10 +16,17 @@ from foveate.kernels.linear import linear, pays
 def graph_module(program: Program, graph: fx.Graph, name: str) -> fx.GraphModule:
     """A module that shares the program's weights and their adapters; what it returns is what the graph returns."""
     root, graph = with_adapters(program, graph)
-    for node in graph.nodes:
-        if node.target == aten.linear.default and pays():
-            node.target = linear
+    linears = [n for n in graph.nodes if n.target == aten.linear.default] if pays() else []
+    for node in linears:
+        node.kwargs = {**node.kwargs, "ordered": not _feeds_linears(node, linears)}
+    for node in linears:
+        node.target = linear
     return fx.GraphModule(root, graph, class_name=f"Foveate{name.capitalize()}")
+
+
+def _feeds_linears(node: fx.Node, linears: list[fx.Node]) -> bool:
+    """Whether a value is used by linears only, at most elementwise ops between, so that any order in memory will do."""
+    return all(u in linears or (u.target in ELEMENTWISE and _feeds_linears(u, linears)) for u in node.users)
 
 
 def lower(program: Program, graph: fx.Graph, name: str) -> Runner:

@@ -30,9 +30,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     calls: list[tuple[int, ...]] = []
     real = module._onednn
 
-    def noted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None, ordered: bool) -> Tensor:
         calls.append(tuple(weight.shape))
-        return real(x, weight, bias)
+        return real(x, weight, bias, ordered)
 
     monkeypatch.setattr(module, "_onednn", noted)
     return calls
@@ -79,8 +79,34 @@ def test_few_tokens_change_places_with_the_weight(lead: tuple[int, ...], monkeyp
         torch.testing.assert_close(linear(x, weight), functional.linear(x, weight), atol=1e-5, rtol=1e-5)
         linear(x, low)
         linear(x, weight, torch.randn(80))
-    swapped = (tokens, 16) if 4 <= tokens <= 64 else (80, 16)
+    swapped = (tokens, 16) if tokens in module.FEW else (80, 16)
     assert factors == [swapped, swapped, (64, 16), (80, 16)] * 2
+
+
+@pytest.mark.parametrize("lead", [(1, 3), (64,), (4, 16), (1, 65)])
+def test_an_ffn_keeps_few_tokens_column_by_column(lead: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, gate, up, down = torch.randn(*lead, 72), torch.randn(96, 72), torch.randn(96, 72), torch.randn(80, 96)
+    middle = functional.silu(linear(x, gate, ordered=False)) * linear(x, up, ordered=False)
+    expected = functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+    torch.testing.assert_close(middle, expected, atol=1e-4, rtol=1e-5)
+    assert middle.is_contiguous() != (math.prod(lead) in module.FEW)
+    found = linear(middle, down)
+    torch.testing.assert_close(found, functional.linear(expected, down), atol=1e-3, rtol=1e-5)
+    assert found.is_contiguous()
+    # A part of such columns has strides that oneDNN does not know as either order.
+    part, some = middle[..., 8:72], down[:, :64].contiguous()
+    torch.testing.assert_close(linear(part, some), functional.linear(part, some), atol=1e-3, rtol=1e-5)
+
+
+def test_only_what_linears_alone_use_is_left_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "pays", lambda: True)
+    program = foveate.optimize(llava(), passes=[]).program
+    module = eager.graph_module(program, program.graphs["decode"], "decode")
+    linears = [n for n in module.graph.nodes if n.target == linear]
+    left = {str(n.args[1]).split("_")[-3] for n in linears if not n.kwargs["ordered"]}
+    assert left == {"gate", "up"}
+    assert sum(not n.kwargs["ordered"] for n in linears) == 2 * program.info.layers < len(linears)
 
 
 def test_no_tokens_and_one_row(taken: list[tuple[int, ...]]) -> None:
