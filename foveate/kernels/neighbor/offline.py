@@ -92,20 +92,25 @@ def launches(problem: Problem, capability: int) -> dict[str, Launch]:
     return {launch.kernel.__name__: launch for launch in found}
 
 
-def resources(launch: Launch, capability: int) -> Resources:
-    """Compile a launch for a GPU of this compute capability (times ten) and read what it takes."""
+def compiled(launch: Launch, capability: int, **options: Any) -> Any:
+    """What Triton makes of a launch for a GPU of this compute capability (times ten)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, constants, attributes = _signature(launch)
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=launch.options,
+        options={**launch.options, **options},
     )
+
+
+def resources(launch: Launch, capability: int) -> Resources:
+    """Compile a launch for a GPU of this compute capability (times ten) and read what it takes."""
+    made = compiled(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
+        Path(file.name).write_bytes(made.asm["cubin"])
         usage, code = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "-c", file.name)
     counted = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code, re.MULTILINE)
@@ -113,7 +118,7 @@ def resources(launch: Launch, capability: int) -> Resources:
         capability=capability,
         registers=counted["REG"],
         spilled=counted["STACK"] + counted["LOCAL"],
-        shared=compiled.metadata.shared,
+        shared=made.metadata.shared,
         matrix=_count(opcodes, MATRIX[capability]),
         copies=_count(opcodes, ASYNC_COPY),
     )

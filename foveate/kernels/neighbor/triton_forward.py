@@ -32,17 +32,23 @@ def attend(q, keys, values, seen, out, peak, total, scale, precision: tl.constex
     return out, higher, total * decay + tl.sum(weights, 1)
 
 
-@triton.jit(do_not_specialize=["radius"])
-def neighbor_forward(
+@triton.jit
+def attend_patch(
     q,
     k,
     v,
     text_k,
     text_v,
     o,
-    lse,
-    images,
-    tiles,
+    batch,
+    first,
+    height,
+    width,
+    text_start,
+    text_stop,
+    top,
+    left,
+    key_head,
     radius,
     scale,
     group: tl.constexpr,
@@ -57,10 +63,10 @@ def neighbor_forward(
     causal: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """o and lse of every image token; grid (tiles, key heads); scale in units of log2."""
-    tile, key_head = tiles + tl.program_id(0) * 4, tl.program_id(1)
-    batch, first, height, width, text_start, text_stop = image_of(images, tl.load(tile))
-    top, left = tl.load(tile + 1), tl.load(tile + 2)
+    """o of the patch at row `top` and column `left` of an image; scale in units of log2.
+
+    Returns head and token of each row, whether it is one, its largest score and its sum.
+    """
     corner = first + top * width + left
     head, row, col, valid = packed_patch(height - top, width - left, key_head, group, packed, rows, cols)
     query = corner + row * width + col
@@ -90,6 +96,68 @@ def neighbor_forward(
             out, peak, total = attend(queries, keys, values, seen, out, peak, total, scale, precision)
 
     store_rows(o, batch, head, query, out / total[:, None], valid, size, padded)
+    return head, query, valid, peak, total
+
+
+@triton.jit(do_not_specialize=["radius"])
+def neighbor_forward(
+    q,
+    k,
+    v,
+    text_k,
+    text_v,
+    o,
+    lse,
+    images,
+    tiles,
+    radius,
+    scale,
+    group: tl.constexpr,
+    packed: tl.constexpr,
+    size: tl.constexpr,
+    padded: tl.constexpr,
+    rows: tl.constexpr,
+    cols: tl.constexpr,
+    block: tl.constexpr,
+    text: tl.constexpr,
+    euclidean: tl.constexpr,
+    causal: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """o and lse of every image token; grid (tiles, key heads); scale in units of log2."""
+    tile, key_head = tiles + tl.program_id(0) * 4, tl.program_id(1)
+    batch, first, height, width, text_start, text_stop = image_of(images, tl.load(tile))
+    top, left = tl.load(tile + 1), tl.load(tile + 2)
+    head, query, valid, peak, total = attend_patch(
+        q,
+        k,
+        v,
+        text_k,
+        text_v,
+        o,
+        batch,
+        first,
+        height,
+        width,
+        text_start,
+        text_stop,
+        top,
+        left,
+        key_head,
+        radius,
+        scale,
+        group,
+        packed,
+        size,
+        padded,
+        rows,
+        cols,
+        block,
+        text,
+        euclidean,
+        causal,
+        precision,
+    )
     # exp2 and log2 inside, the natural logarithm outside.
     logarithm = (peak + tl.log2(total)) * 0.6931471805599453
     tl.store(address(lse, batch, head, query), logarithm, mask=valid)
