@@ -58,6 +58,7 @@ def export(
     sizes: Mapping[str, tuple[int, int, int]] | None = None,
     serving: str | None = None,
     opset: int | None = None,
+    plugin: bool = False,
 ) -> Exported:
     """Write an optimized model as a package for another runtime, into a new folder; see `foveate.package`.
 
@@ -65,14 +66,14 @@ def export(
     compiles for this machine into the user's cache. verify: run the package on random prompts and hold it to eager
     torch. sizes: least, likeliest and largest size of what TensorRT's profiles span, such as `{"batch": (1, 1, 4)}`.
     serving: `triton` to write a model repository for Triton Inference Server too. opset: of ONNX graphs, 20 to 24; None
-    is 23.
+    is 23. plugin: TensorRT runs `neighbor-attention` by a kernel of foveate's, compiled ahead of time (experimental).
 
     Raises BackendError for a backend or pass that cannot be exported, ParityError where the package does not agree, and
     ArtifactError where it cannot be written.
     """
     from foveate.package import export as export_model
 
-    return export_model(model, backend, Path(output), verify, sizes, serving, opset)
+    return export_model(model, backend, Path(output), verify, sizes, serving, opset, plugin)
 
 
 def cost(program: Program, **sizes: Any) -> Cost:

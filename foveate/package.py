@@ -141,6 +141,7 @@ def export(
     sizes: Mapping[str, Range] | None = None,
     serving: str | None = None,
     opset: int | None = None,
+    plugin: bool = False,
 ) -> Exported:
     """See `foveate.export`."""
     if backend not in BACKENDS:
@@ -151,9 +152,14 @@ def export(
         raise BackendError(f"for serving there is triton, over the backend onnx; not {serving} over {backend}")
     if opset is not None and backend == "aoti":
         raise BackendError("an opset is one of ONNX graphs, which AOTInductor does not compile")
+    if plugin and backend != "tensorrt":
+        raise BackendError(f"the plugin is TensorRT's; the backend {backend} has kernels of its own")
     with artifact.new_folder(folder) as work:
         artifact.write_model(model, work)
-        lowered, compiled = _compile(model, work) if backend == "aoti" else (_write(model, work, backend, opset), None)
+        if backend == "aoti":
+            lowered, compiled = _compile(model, work)
+        else:
+            lowered, compiled = _write(model, work, backend, opset, plugin), None
         parity = None
         if verify:
             runners, ran = lowered()
@@ -175,7 +181,7 @@ def export(
     return replace(exported, bytes=sizes_of)
 
 
-def _write(model: OptimizedModel, work: Path, backend: str, opset: int | None) -> Lowered:
+def _write(model: OptimizedModel, work: Path, backend: str, opset: int | None, plugin: bool) -> Lowered:
     """Write ONNX files into a folder that holds the weights; what opens them."""
     try:
         from foveate.backends.onnx.checking import open_checked
@@ -189,7 +195,7 @@ def _write(model: OptimizedModel, work: Path, backend: str, opset: int | None) -
     # TensorRT has attention kernels of its own, which skip what a mask hides or do not mind.
     blocks = 1 if backend == "tensorrt" else BLOCKS
     number = checked(opset, model.program.dtype)
-    artifact.add_graphs(work, write_graphs(model.program, work, blocks, number), model, number)
+    artifact.add_graphs(work, write_graphs(model.program, work, blocks, number, plugin), model, number)
     return lambda: open_checked(model.program, work)
 
 

@@ -30,6 +30,7 @@ from foveate.cli.output import talking
 )
 @click.option("--serving", type=click.Choice(["triton"]), help="Write what this server needs to run OUT, too.")
 @click.option("--opset", type=int, metavar="N", help="ONNX: the graphs' opset, 20 to 24.  [default: 23]")
+@click.option("--plugin", is_flag=True, help="TensorRT: neighbor-attention as a plugin. EXPERIMENTAL, never run yet.")
 @click.option("--no-verify", is_flag=True, help="Do not run it beside torch before it is kept.")
 @size_options
 @json_option
@@ -41,6 +42,7 @@ def command(
     spans: tuple[str, ...],
     serving: str | None,
     opset: int | None,
+    plugin: bool,
     no_verify: bool,
     as_json: bool,
     **options: Any,
@@ -73,6 +75,7 @@ def command(
                 sizes=sizes,
                 serving=serving,
                 opset=opset,
+                plugin=plugin,
             )
         except ParityError as error:
             click.echo(f"error: {error}", err=True)

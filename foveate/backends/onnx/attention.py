@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from foveate import ops
+from foveate.backends.onnx import plugin
 from foveate.backends.onnx.aten import dtype_of
 from foveate.backends.onnx.emit import END, Emitter, Writer
 from foveate.backends.onnx.packed import Segments
@@ -184,8 +185,16 @@ def _neighbor_attention(emit: Emitter, node: fx.Node) -> str:
     # A padded query sees nothing near; what it gives means nothing, but must be finite.
     padded = emit.op("Equal", emit.value(q_order), emit.constant(ops.PAD))
     mask = emit.op("Or", mask, emit.unsqueeze(padded, 2))
-    parts = emit.value(q), joined(emit, k, 2), joined(emit, v, 2), mask
-    scoring, band = Scoring.of(q, k[0], scale), _band(emit, radius, metric)
+    scoring = Scoring.of(q, k[0], scale)
+    if emit.plugin and (kernel := plugin.kernel_of(emit, node)):
+
+        def body(q: str, k: str, v: str, text_k: str, text_v: str, _: str, seen: str) -> str:
+            keys, values = emit.concat([k, text_k], 2), emit.concat([v, text_v], 2)
+            out = dense(emit, q, keys, values, seen, scoring, maybe_none=True)
+            return str(emit.op("Transpose", out, perm=[0, 2, 1, 3]))
+
+        return plugin.call(emit, node, kernel, mask, body)
+    parts, band = (emit.value(q), joined(emit, k, 2), joined(emit, v, 2), mask), _band(emit, radius, metric)
     if band is None or q_order.op != "placeholder":
         out = dense(emit, *parts, scoring, maybe_none=True)
     else:

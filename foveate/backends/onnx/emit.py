@@ -40,6 +40,9 @@ ELEMENT: dict[torch.dtype, int] = {
 }
 """ONNX's number for a dtype."""
 
+DOMAIN = "foveate"
+"""Of local functions, which stay one node for who knows them and are standard operators for everybody else."""
+
 END = 2**63 - 1
 """Where a slice ends that goes on to the end of its axis."""
 
@@ -60,7 +63,8 @@ class Emitter:
     """One ONNX graph in the making.
 
     places: where each weight lies; file: of that name, beside the graph. blocks: of queries that attend one after
-    another where later ones see more keys. opset: one of `foveate.backends.onnx.opsets`.
+    another where later ones see more keys. opset: one of `foveate.backends.onnx.opsets`. plugin: whether neighbour
+    attention is a local function, see `foveate.backends.onnx.plugin`.
     """
 
     def __init__(
@@ -71,13 +75,15 @@ class Emitter:
         writers: Mapping[Any, Writer],
         blocks: int = 1,
         opset: int = OPSET,
+        plugin: bool = False,
     ) -> None:
-        self.blocks, self.opset = blocks, opset
+        self.blocks, self.opset, self.plugin = blocks, opset, plugin
         self.program = program
         self.places, self.file = places, file
         self.writers = writers
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
+        self.functions: dict[str, onnx.FunctionProto] = {}
         self.values: dict[fx.Node, Any] = {}
         self.numbers = count()  # of operators, those of loops' bodies too
         self.made: dict[Any, Any] = {}  # what was emitted already: the same op of the same values is not emitted twice
@@ -141,6 +147,26 @@ class Emitter:
         inputs = [runs, self.constant(True), *state]
         self.nodes.append(helper.make_node("Loop", inputs, results, name=label, body=graph))
         return results
+
+    def call(self, name: str, inputs: Sequence[str], body: Callable[..., str], **attributes: Any) -> str:
+        """Call the local function of this name, made of what `body` emits: (names of its inputs) -> that of its result.
+
+        attributes: what a runtime with a kernel of its own needs to know; the body does not read them.
+        """
+        if name not in self.functions:
+            outside = self.nodes, self.made, self.initializers
+            self.nodes, self.made, self.initializers = [], {}, {}
+            parameters = [f"{name}_{i}" for i in range(len(inputs))]
+            result = body(*parameters)
+            constants = [helper.make_node("Constant", [], [t.name], value=t) for t in self.initializers.values()]
+            opsets = [helper.make_opsetid("", self.opset)]
+            self.functions[name] = helper.make_function(
+                DOMAIN, name, parameters, [result], [*constants, *self.nodes], opsets, list(attributes)
+            )
+            self.nodes, self.made, self.initializers = outside
+        label = f"{name}_{next(self.numbers)}"
+        self.nodes.append(helper.make_node(name, list(inputs), [label], name=label, domain=DOMAIN, **attributes))
+        return label
 
     def constant(self, value: Any, dtype: torch.dtype | None = None) -> str:
         """A constant: numbers and arrays of integers as int64, of floats as fp32, or as `dtype`."""

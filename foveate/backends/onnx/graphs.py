@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from foveate import __version__
 from foveate.backends.onnx import aten, attention, experts, fit, guided, kv, segments, selection, tower, vision
-from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer, reads
+from foveate.backends.onnx.emit import DOMAIN, ELEMENT, Emitter, Place, Writer, reads
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
 from foveate.backends.onnx.opsets import IR_VERSIONS, OPSET
 from foveate.errors import BackendError
@@ -42,13 +42,14 @@ def build(
     places: Mapping[str, Place],
     blocks: int = BLOCKS,
     opset: int = OPSET,
+    plugin: bool = False,
 ) -> onnx.ModelProto:
     """One graph of a program (a prefill already joined), whose weights lie at `places` in the file `WEIGHTS`.
 
-    blocks, opset: see `Emitter`; 1 block leaves a layer's attention in one call, as fused kernels on a GPU want it.
-    Raises BackendError where an op has no form in standard operators, naming the pass and the node.
+    blocks, opset, plugin: see `Emitter`; 1 block leaves a layer's attention in one call, as fused kernels on a GPU want
+    it. Raises BackendError where an op has no form in standard operators, naming the pass and the node.
     """
-    emit = Emitter(program, places, WEIGHTS, WRITERS, blocks, opset)
+    emit = Emitter(program, places, WEIGHTS, WRITERS, blocks, opset, plugin)
     emit.run(graph)
     results = {label: str(emit.values[node]) for label, node in named_outputs(name, graph).items()}
     return finish(emit, name, _inputs(name, graph), results, named_outputs(name, graph))
@@ -79,7 +80,7 @@ def finish(
             continue
         nodes.append(helper.make_node("Identity", [renamed.get(inner, inner)], [outer], name=f"output.{outer}"))
     outputs = [_described(outer, described[outer].meta["val"], names) for outer in results]
-    return _model(helper.make_graph(nodes, name, inputs, outputs, initializers), emit.opset)
+    return _model(helper.make_graph(nodes, name, inputs, outputs, initializers), emit.opset, emit.functions.values())
 
 
 def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
@@ -121,10 +122,12 @@ def embed_tokens(program: Program, places: Mapping[str, Place], opset: int = OPS
     return _model(helper.make_graph(nodes, "embed_tokens", [ids], [embeds], initializers), opset)
 
 
-def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
+def _model(graph: onnx.GraphProto, opset: int, functions: Collection[onnx.FunctionProto] = ()) -> onnx.ModelProto:
+    opsets = [helper.make_opsetid("", opset)]
     return helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", opset)],
+        opset_imports=[*opsets, helper.make_opsetid(DOMAIN, 1)] if functions else opsets,
+        functions=functions,
         ir_version=IR_VERSIONS[opset],
         producer_name="foveate",
         producer_version=__version__,

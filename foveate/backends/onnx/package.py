@@ -20,20 +20,30 @@ from foveate.manifest import GRAPHS
 EMBED = GRAPHS["embed"]
 
 
-def write_graphs(program: Program, folder: Path, blocks: int = BLOCKS, opset: int = OPSET) -> list[str]:
+def write_graphs(
+    program: Program, folder: Path, blocks: int = BLOCKS, opset: int = OPSET, plugin: bool = False
+) -> list[str]:
     """Write a program's graphs into a folder that holds its weights; the names of the files.
 
-    blocks, opset: see `build`. Raises BackendError where a graph does not pass ONNX's checker.
+    blocks, opset, plugin: see `build`. Raises BackendError where a graph does not pass ONNX's checker, and where there
+    is nothing for the plugin.
     """
     places = places_of(folder / WEIGHTS)
-    return [_write(model, folder / name) for name, model in _models(program, places, blocks, opset)]
+    models = dict(_models(program, places, blocks, opset, plugin))
+    if plugin and not any(model.functions for model in models.values()):
+        raise BackendError(
+            "the plugin has nothing to do here: it runs neighbor-attention{metric=chebyshev} or euclidean, of models "
+            "whose images all have one grid, before tokens are removed; leave the plugin out"
+        )
+    return [_write(model, folder / name) for name, model in models.items()]
 
 
 def _models(
-    program: Program, places: dict[str, Place], blocks: int, opset: int
+    program: Program, places: dict[str, Place], blocks: int, opset: int, plugin: bool
 ) -> Iterator[tuple[str, onnx.ModelProto]]:
     for name, graph in program.graphs.items():
-        yield FILES[name], build(program, name, joined_graph(program, name, graph), places, blocks, opset)
+        joined = joined_graph(program, name, graph)
+        yield FILES[name], build(program, name, joined, places, blocks, opset, plugin)
     yield EMBED, embed_tokens(program, places, opset)
 
 

@@ -4,13 +4,16 @@
     Attention(q, k, v, TRT_decomposable=1)     after
 
 `TRT_decomposable` lets TensorRT compute the node from matmuls where it has no fused kernel; ONNX Runtime refuses the
-attribute. The parser refuses `softmax_precision`, so the copy leaves the precision of the softmax to TensorRT.
+attribute. The parser refuses `softmax_precision`, so the copy leaves the precision of the softmax to TensorRT. Calls of
+local functions become nodes for the plugin (`foveate.backends.tensorrt.plugin`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from foveate.backends.tensorrt import plugin
+from foveate.backends.tensorrt.reading import every_node
 
 if TYPE_CHECKING:
     import onnx
@@ -22,19 +25,14 @@ def adapted(model: onnx.ModelProto) -> onnx.ModelProto | None:
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    plugged = bool(plugin.kernels(model))
+    if plugged:
+        plugin.convert(copy)
     bodies = (copy.graph.node, *(function.node for function in copy.functions))
-    attentions = [node for body in bodies for node in _all(body) if _is_attention(node)]
+    attentions = [node for body in bodies for node in every_node(body) if _is_attention(node)]
     for node in attentions:
         _adapt(node)
-    return copy if attentions else None
-
-
-def _all(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _all(graph.node)
+    return copy if attentions or plugged else None
 
 
 def _is_attention(node: onnx.NodeProto) -> bool:

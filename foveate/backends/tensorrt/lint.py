@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from foveate.backends.tensorrt.reading import read, with_shapes, without_functions
+from foveate.backends.tensorrt.reading import every_node, read, subgraphs, with_shapes, without_functions
 from foveate.backends.tensorrt.table import Check, Operator, Table, Version, operators, parse_version
 from foveate.backends.tensorrt.values import Scope, Value, attributes
 from foveate.errors import BackendError
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import onnx
 
 STANDARD = ("", "ai.onnx")
+DOMAIN = "foveate"
+"""Namespace of the plugin that a package carries (`foveate.backends.tensorrt.plugin`)."""
+
 Source = str | os.PathLike[str]
 
 
@@ -65,7 +68,7 @@ def lint(
 
 def to_json(findings: Iterable[Finding], model: onnx.ModelProto) -> dict[str, Any]:
     """One model's entry of `lint.json`: how often each operator stands in it, and the findings."""
-    counts = Counter(node.op_type for node in _nodes(model.graph.node))
+    counts = Counter(node.op_type for node in every_node(model.graph.node))
     return {"operators": dict(sorted(counts.items())), "findings": [asdict(f) for f in findings]}
 
 
@@ -81,21 +84,6 @@ def _target(table: Table, tensorrt: str | None) -> Version:
     except ValueError as error:
         raise BackendError(f"tensorrt: {error}") from None
     return min(asked[:2], newest)
-
-
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for _, graph in _subgraphs(node):
-            yield from _nodes(graph.node)
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.name, attribute.g
-        for graph in attribute.graphs:
-            yield attribute.name, graph
 
 
 def _opsets(model: onnx.ModelProto, table: Table) -> Iterator[Finding]:
@@ -116,7 +104,7 @@ def _graph(graph: onnx.GraphProto, table: Table, target: Version, scope: Scope, 
         for name in filter(None, node.output):
             yield from _dtype(scope.get(name), name, place, node.op_type, table)
         yield from _node(node, place, scope, table, target)
-        for attribute, inner in _subgraphs(node):
+        for attribute, inner in subgraphs(node):
             inside = Scope(inner, scope.largest, scope)
             yield from _graph(inner, table, target, inside, f"{place}/{attribute}/")
 
@@ -131,6 +119,8 @@ def _dtype(value: Value, name: str, place: str, op: str, table: Table) -> Iterat
 
 def _node(node: onnx.NodeProto, place: str, scope: Scope, table: Table, target: Version) -> Iterator[Finding]:
     op = node.op_type
+    if attributes(node).get("plugin_namespace") == DOMAIN:
+        return
     if node.domain not in STANDARD:
         problem, right = f"the domain {node.domain} is not ONNX's", "ai.onnx operators, or a plugin of this name"
         yield Finding(place, op, "domain", problem, right, table.sources["operators"])

@@ -6,6 +6,7 @@
     trt/GRAPH.in.json .out.json references, as Polygraphy reads them
     trt/build_trt.py            runs build_GRAPH.py, which Polygraphy wrote, for each graph
     trt/trtexec.sh              the same engines by trtexec
+    trt/foveate_plugin.py ...   the plugin, where the export asked for it (`plugin`)
     trt/status.json             built, or prepared and not built: what is missing, and the command to run
 
 Copies lie beside the weights because ONNX allows no external data outside a model's own folder, nor behind links.
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.backends.tensorrt import lint, profiles
+from foveate.backends.tensorrt import lint, plugin, profiles
 from foveate.backends.tensorrt.adapt import adapted
 from foveate.backends.tensorrt.profiles import Range
 from foveate.backends.tensorrt.reading import read
@@ -90,19 +91,29 @@ def prepare(
     """
     options = options or Options()
     models = _models(folder)
-    made = profiles.profiles(models, ranges)
     copies = {name: adapted(model) for name, model in models.items()}
+    targets = {name: copies[name] or model for name, model in models.items()}
+    made = profiles.profiles(targets, ranges)
     largest = {name: sizes[2] for name, sizes in ranges.items()}
-    report = _lint({name: copies[name] or model for name, model in models.items()}, tensorrt, largest)
-    given = _references(models, references or {})
+    report = _lint(targets, tensorrt, largest)
+    given = _references(targets, references or {})
     jobs = [
-        Job(name, name + (COPY if copies[name] else ".onnx"), made[name], f"{name}.in.json" in given) for name in models
+        Job(
+            name,
+            name + (COPY if copies[name] else ".onnx"),
+            made[name],
+            f"{name}.in.json" in given,
+            bool(plugin.kernels(model)),
+        )
+        for name, model in models.items()
     ]
+    kernels = {name: kernel for model in models.values() for name, kernel in plugin.kernels(model).items()}
     files = {
         **given,
         "lint.json": _json(report),
         "profiles.json": _json(profiles.to_json(made, ranges)),
         "trtexec.sh": trtexec_script(jobs, options).encode(),
+        **(plugin.files(kernels) if kernels else {}),
     }
     for name, copy in copies.items():
         if copy:

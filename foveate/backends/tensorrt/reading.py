@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +43,23 @@ def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
     if not _is_text(model):
         raise ArtifactError(f"{path} is no ONNX model: a name in it is no Unicode text")
     return model
+
+
+def every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, each followed by those of its subgraphs."""
+    for node in nodes:
+        yield node
+        for _, graph in subgraphs(node):
+            yield from every_node(graph.node)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
+    """A node's subgraphs, with the names of the attributes that hold them."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.name, attribute.g
+        for graph in attribute.graphs:
+            yield attribute.name, graph
 
 
 def without_functions(model: onnx.ModelProto, name: str) -> onnx.ModelProto:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from foveate.backends.tensorrt.plugin import registering
 from foveate.backends.tensorrt.profiles import Profile, Shape
 from foveate.errors import BackendError
 
@@ -47,12 +48,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One engine to build. file: the ONNX file, beside the weights. references: whether there are any to compare."""
+    """One engine to build. file: the ONNX file, beside the weights. references: whether there are any to compare.
+
+    plugin: whether it has nodes for foveate's plugin, which Python alone can register.
+    """
 
     graph: str
     file: str
     profile: Profile
     references: bool
+    plugin: bool = False
 
     @property
     def engine(self) -> str:
@@ -101,7 +106,8 @@ def polygraphy_script(job: Job, options: Options, package: Path) -> str:
         line = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
         raise BackendError(f"Polygraphy wrote no build script for {job.file}: {line}")
     text = done.stdout[start:].replace(f"{package.resolve()}/", "")
-    return re.sub(r"^(# Template .*\]) on .*$", r"\1", text, count=1, flags=re.MULTILINE)
+    text = re.sub(r"^(# Template .*\]) on .*$", r"\1", text, count=1, flags=re.MULTILINE)
+    return registering(text) if job.plugin else text
 
 
 def trtexec_script(jobs: Sequence[Job], options: Options) -> str:
@@ -109,6 +115,9 @@ def trtexec_script(jobs: Sequence[Job], options: Options) -> str:
     lines = ["#!/bin/sh", "# Builds every engine of this package with trtexec; no answers are compared.", "set -e"]
     lines.append('cd "$(dirname "$0")/.."')
     for job in jobs:
+        if job.plugin:
+            lines.append(f"# {job.graph} has nodes for a plugin that Python registers: {COMMAND}")
+            continue
         words = ["trtexec", f"--onnx={job.file}", "--stronglyTyped", f"--timingCacheFile={TIMINGS}"]
         words += [f"--saveEngine={job.engine}", "--skipInference"]
         words += ["--refit"] * options.refit + ["--allowWeightStreaming"] * options.weight_streaming

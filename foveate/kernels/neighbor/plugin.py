@@ -26,12 +26,15 @@ PTX_VERSION = {80: 84, 90: 84, 100: 86}
 of its own, which may be older than Triton's."""
 
 
+PARAMETERS = 9
+"""Six inputs, two lengths and the output."""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """PTX and how its entry is launched: with 32 * `warps` threads and `shared` bytes of dynamic shared memory.
 
-    The grid is (images * `tiles`, key heads). The entry takes `parameters`: nine, as `triton_plugin.plugin_forward`
-    says, and behind them pointers to scratch memory, which it does not read.
+    The grid is (images * `tiles`, key heads). The entry takes what `triton_plugin.plugin_forward` says.
     """
 
     entry: str
@@ -39,7 +42,6 @@ class Compiled:
     warps: int
     shared: int
     tiles: int
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,17 @@ class PluginKernel:
             **problem.geometry(config),
         }
 
+    def refused(self) -> str | None:
+        """Why there is no such kernel, or None."""
+        problem = self._problem()
+        return supports(problem.q, problem.k, None, torch.tensor(problem.grids), problem.metric)
+
     def launch(self) -> Launch:
         """The kernel over one image without memory: to be compiled, not run."""
+        if (reason := self.refused()) is not None:
+            raise BackendError(f"neighbour attention does not compile as a plugin: {reason}")
         problem = self._problem()
         q, k = problem.q, problem.k
-        reason = supports(q, k, None, torch.tensor(problem.grids), problem.metric)
-        if reason is not None:
-            raise BackendError(f"neighbour attention does not compile as a plugin: {reason}")
         if importlib.util.find_spec("triton") is None:
             raise BackendError("neighbour attention as a plugin is compiled by Triton, which is not installed")
         from foveate.kernels.neighbor.triton_plugin import plugin_forward
@@ -118,14 +124,16 @@ class PluginKernel:
         if capability not in PTX_VERSION:
             taken = ", ".join(map(str, PTX_VERSION))
             raise BackendError(f"neighbour attention compiles for compute capabilities {taken}, not for {capability}")
-        made = compiled(self.launch(), capability, ptx_version=PTX_VERSION[capability])
+        launch = self.launch()
+        from triton import knobs
+
+        with knobs.compilation.scope():
+            knobs.compilation.disable_line_info = True  # it names files of this machine
+            made = compiled(launch, capability, ptx_version=PTX_VERSION[capability])
         shared, limit = made.metadata.shared, SHARED_LIMIT[capability]
         if shared > limit:
             raise BackendError(f"{self.name} needs {shared} bytes of shared memory, {limit} is the limit")
-        found = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)", made.asm["ptx"], re.DOTALL)
-        assert found is not None
-        parameters = len(re.findall(r"\.param\b", found[2]))
-        return Compiled(found[1], made.asm["ptx"], made.metadata.num_warps, shared, self.tiles, parameters)
+        return Compiled(made.name, _own_parameters(made.asm["ptx"]), made.metadata.num_warps, shared, self.tiles)
 
     def _problem(self) -> Problem:
         """One image without memory, so that constants are made as for any other call."""
@@ -138,3 +146,15 @@ class PluginKernel:
         grids = ((0, 0, self.height, self.width, 0, 0),)
         metric = "euclidean" if self.euclidean else "chebyshev"
         return Problem(q, k, k, None, None, grids, self.radius, metric, self.causal, self.scale)
+
+
+def _own_parameters(ptx: str) -> str:
+    """The code without Triton's own parameters, pointers to scratch memory that it does not read: nobody gives them."""
+    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\n\)", ptx, re.DOTALL)
+    assert entry is not None
+    given = entry[1].split(",")
+    extra = [re.split(r"\s", each.strip())[-1] for each in given[PARAMETERS:]]
+    read = [name for name in extra if re.search(rf"\b{name}\b", ptx[entry.end() :])]
+    if read:
+        raise BackendError(f"this version of Triton wants scratch memory ({', '.join(read)}), which no plugin can give")
+    return ptx[: entry.start(1)] + ",".join(given[:PARAMETERS]) + ptx[entry.end(1) :]

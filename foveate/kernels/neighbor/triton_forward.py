@@ -46,6 +46,7 @@ def attend_patch(
     width,
     text_start,
     text_stop,
+    tokens,
     top,
     left,
     key_head,
@@ -62,14 +63,18 @@ def attend_patch(
     euclidean: tl.constexpr,
     causal: tl.constexpr,
     precision: tl.constexpr,
+    bounded: tl.constexpr,
 ):
     """o of the patch at row `top` and column `left` of an image; scale in units of log2.
 
-    Returns head and token of each row, whether it is one, its largest score and its sum.
+    tokens: of a batch row; with `bounded`, its last image may lack its last ones. Returns head and token of each row,
+    whether it is one, its largest score and its sum.
     """
     corner = first + top * width + left
     head, row, col, valid = packed_patch(height - top, width - left, key_head, group, packed, rows, cols)
     query = corner + row * width + col
+    if bounded:
+        valid = valid & (query < tokens)
     queries = load_rows(q, batch, head, query, valid, size, padded)
 
     peak = tl.full([packed * rows * cols], UNSEEN, tl.float32)
@@ -82,9 +87,14 @@ def attend_patch(
         slot = start + tl.arange(0, block)
         key_row, key_col = halo_place(slot, first_row, first_col, wide, count)
         key = corner + key_row * width + key_col
-        keys = load_rows(k, batch, key_head, key, slot < count, size, padded)
-        values = load_rows(v, batch, key_head, key, slot < count, size, padded)
+        there = slot < count
+        if bounded:
+            there = there & (key < tokens)
+        keys = load_rows(k, batch, key_head, key, there, size, padded)
+        values = load_rows(v, batch, key_head, key, there, size, padded)
         seen = visible(row[:, None], col[:, None], key_row[None, :], key_col[None, :], width, radius, euclidean, causal)
+        if bounded:
+            seen = seen & there[None, :]
         out, peak, total = attend(queries, keys, values, seen, out, peak, total, scale, precision)
 
     if text:
@@ -141,6 +151,7 @@ def neighbor_forward(
         width,
         text_start,
         text_stop,
+        0,
         top,
         left,
         key_head,
@@ -157,6 +168,7 @@ def neighbor_forward(
         euclidean,
         causal,
         precision,
+        False,
     )
     # exp2 and log2 inside, the natural logarithm outside.
     logarithm = (peak + tl.log2(total)) * 0.6931471805599453

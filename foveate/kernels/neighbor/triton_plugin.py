@@ -50,7 +50,7 @@ def plugin_forward(
     """o [B, n, H, e] of every image token; grid (images * patches of an image, key heads); scale in units of log2.
 
     q [B, H, n, e], k, v [B, Hk, n, e], text_k, text_v [B, Hk, m, e], all contiguous; images as in
-    `tables.image_table`; tokens: n, text_tokens: m.
+    `tables.image_table`; tokens: n, text_tokens: m. The last image of a batch row may lack its last tokens.
     """
     across = tl.cdiv(width, cols)
     patches = tl.cdiv(height, rows) * across
@@ -70,6 +70,7 @@ def plugin_forward(
         width,
         text_start,
         text_stop,
+        tokens,
         patch // across * rows,
         patch % across * cols,
         key_head,
@@ -87,4 +88,5 @@ def plugin_forward(
         euclidean,
         causal,
         precision,
+        True,
     )

@@ -20,9 +20,6 @@ from foveate.kernels.neighbor.plugin import PluginKernel
 from tests.kernels.neighbor import plugin_cases
 
 ROOT = Path(__file__).parents[3]
-ARGUMENTS = 9
-"""Six inputs, two lengths and the output."""
-
 KERNEL = PluginKernel(
     heads=28,
     key_heads=4,
@@ -62,23 +59,46 @@ def test_its_entry_takes_what_a_plugin_gives(capability: int, kernel: PluginKern
     pytest.importorskip("triton")
     made = kernel.ptx(capability)
     assert f".entry {made.entry}(" in made.ptx
+    # Six inputs, two lengths and the output; Triton's own, which nobody would give, are gone.
     kinds = re.findall(r"\.param \.([bu]\d+)(?: \.ptr)?", made.ptx[: made.ptx.index(".reqntid")])
-    assert len(kinds) == made.parameters
     pointers, lengths = {"b64", "u64"}, {"b32", "u32"}
-    assert all(kind in pointers for kind in kinds[:6] + kinds[8:])
+    assert [kind in pointers for kind in kinds] == [True] * 6 + [False] * 2 + [True]
     assert all(kind in lengths for kind in kinds[6:8])
-    # Triton's own come last, and a launch that leaves them out is a valid one only if they are not read.
     read = {int(number) for number in re.findall(r"ld\.param\S* .*_param_(\d+)\]", made.ptx)}
-    assert read and max(read) == ARGUMENTS - 1
+    assert read and max(read) == len(kinds) - 1
+    assemble(made.ptx, capability)
+    assert ".loc" not in made.ptx and "triton_plugin.py" not in made.ptx  # no paths of this machine
     assert f".reqntid {32 * made.warps}\n" in made.ptx
     assert 0 < made.shared <= SHARED_LIMIT[capability]
     assert made.tiles == {KERNEL: 72, OTHER: 1}[kernel]
+
+
+def test_scratch_memory_is_refused() -> None:
+    pytest.importorskip("triton")
+    ptx = OTHER.ptx(80).ptx
+    read = ptx.replace("plugin_forward_param_8\n)", "plugin_forward_param_8,\n.param .u64 scratch\n)")
+    assert read != ptx
+    with pytest.raises(BackendError, match=r"wants scratch memory \(scratch\), which no plugin can give"):
+        plugin._own_parameters(read.replace("ret;", "ld.param.b64 %rd1, [scratch];\nret;"))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_it_takes_no_more_of_a_gpu_than_the_forward_kernel_may(capability: int) -> None:
     pytest.importorskip("triton")
     assert resources(KERNEL.launch(), capability).faults() == []
+
+
+def assemble(ptx: str, capability: int) -> None:
+    """Whether NVIDIA's assembler, which comes with Triton, takes the code."""
+    import triton
+
+    tool = "ptxas-blackwell" if capability >= 100 else "ptxas"
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None and target[1].startswith(f"sm_{capability}")
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    command = [path, f"-arch={target[1]}", "-o", os.devnull, "/dev/stdin"]
+    done = subprocess.run(command, input=ptx, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_are_identifiers_and_differ() -> None:
