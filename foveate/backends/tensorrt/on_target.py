@@ -16,6 +16,9 @@ PLUGIN = "foveate::neighbor_attention"
 HERE = Path(__file__).resolve().parent
 KERNELS: dict[str, Any] = json.loads((HERE / "plugin.json").read_text(encoding="utf-8"))["kernels"]
 
+LEAST_SHARED_BYTES = 99 * 1024
+"""Shared memory that a block can have on every GPU from 8.0 on; those that kernels are compiled for have more."""
+
 
 def capability() -> int:
     """Ten times the compute capability of GPU 0."""
@@ -36,6 +39,11 @@ def chosen(kernel: str, gpu: int) -> dict[str, Any]:
     if gpu < 80:
         raise SystemExit(f"the kernels need compute capability 8.0 or later, and this GPU has {gpu / 10:.1f}")
     about: dict[str, Any] = KERNELS[kernel].get(str(gpu), KERNELS[kernel]["80"])
+    if str(gpu) not in KERNELS[kernel] and about["shared_bytes"] > LEAST_SHARED_BYTES:
+        raise SystemExit(
+            f"{kernel} needs {about['shared_bytes']} bytes of shared memory, which GPUs of compute capability "
+            f"{gpu / 10:.1f} may not have; export without the plugin for them"
+        )
     code = (HERE / about["file"]).read_bytes()
     if hashlib.sha256(code).hexdigest() != about["sha256"]:
         raise SystemExit(f"{HERE / about['file']} is not the file that was exported")

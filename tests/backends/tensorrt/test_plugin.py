@@ -223,12 +223,17 @@ def test_the_script_tells_tensorrt_shapes_and_launches(target: Any, monkeypatch:
 
 
 @triton
-def test_the_script_refuses_what_was_changed_and_gpus_that_are_too_old(target: Any, tmp_path: Path) -> None:
+def test_the_script_refuses_what_was_changed_and_gpus_that_lack_something(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (kernel,) = target.KERNELS
     with pytest.raises(SystemExit, match=r"8\.0 or later, and this GPU has 7\.5"):
         target.chosen(kernel, 75)
     with pytest.raises(SystemExit, match="is not among the kernels"):
         target.chosen("another", 80)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"compute capability 8\.9 may not have"):
+        patch.setitem(target.KERNELS[kernel]["80"], "shared_bytes", 120_000)
+        target.chosen(kernel, 89)
     target.HERE = tmp_path
     (tmp_path / target.KERNELS[kernel]["80"]["file"]).write_text("changed")
     with pytest.raises(SystemExit, match="is not the file that was exported"):
