@@ -19,9 +19,6 @@ from foveate.errors import PassError
 from foveate.ir.program import NodeInfo, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter
 
-PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Families whose towers take packed sequences."""
-
 BOUNDS = "cu_seqlens"
 """The input that says where images begin and end; attention that is given other bounds sees windows."""
 

@@ -50,6 +50,15 @@ def info(node: fx.Node) -> NodeInfo:
     return value
 
 
+Tower = Literal["patches", "squares", "interleaved", "packed", "shrunk", "unknown"]
+"""How a vision tower makes an image's tokens.
+
+patches: a token of each patch, behind a CLS token. squares: a token of each square of patches, all images of one size.
+interleaved: as patches, but rows of several tiles stand side by side, with newlines between. packed: all images, of any
+size, stand in one sequence. shrunk: images and frames become smaller behind the tower, which has no CLS token.
+"""
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What passes and the runtime need to know of a model: sizes, token ids, and where its weights are.
@@ -62,6 +71,7 @@ class ModelInfo:
     attention has windows. deepstack: behind how many of the first layers visual tokens get features of their own added.
     embed_scale: what token embeddings are multiplied by. norm_offset: what the decoder's norms add to their weights.
     uniform: whether every image, or tile, becomes as many tokens as `grid` has, row by row and in one piece.
+    tower: how the tower makes tokens, as far as passes that select inside it know it.
     position_limit: positions that a prompt and its answer may take, where frequencies of rotary embeddings change
     beyond.
     """
@@ -86,6 +96,7 @@ class ModelInfo:
     embed_scale: float = 1.0
     norm_offset: float = 0.0
     uniform: bool = True
+    tower: Tower = "unknown"
     position_limit: int | None = None
 
     @property

@@ -20,7 +20,6 @@ from torch import Tensor, fx
 
 from foveate import ops
 from foveate.errors import PassError
-from foveate.ir.packed import PACKED
 from foveate.ir.program import NodeInfo, args_of, info, outputs
 from foveate.ir.rewriter import Rewriter, shape
 from foveate.ir.tail import END
@@ -29,17 +28,12 @@ aten = torch.ops.aten
 
 IN_THE_DECODER = "; select in the decoder, with fastv or dart for instance"
 
-OTHERS = {
-    **dict.fromkeys(PACKED, "images stand in one sequence there, and are chosen from, not merged; take divprune, say"),
-    "llava_onevision": f"it has no CLS token, and shrinks images and frames behind the tower{IN_THE_DECODER}",
+REFUSED = {
+    "packed": "images stand in one sequence there, and are chosen from, not merged; take divprune, say",
+    "shrunk": f"it has no CLS token, and shrinks images and frames behind the tower{IN_THE_DECODER}",
+    "unknown": f"it is not known how that makes its tokens{IN_THE_DECODER}",
 }
-"""Family -> why its tower is not one of those that selections know, and what there is instead."""
-
-SQUARES = ("internvl", "smolvlm", "idefics3", "gemma3")
-"""Families that make a token of a square of patches, all images of one size."""
-
-INTERLEAVED = "llava_next"
-"""A family whose tiles' rows stand side by side, with newlines between: the projector's tokens are given one more."""
+"""Kind of tower -> why it is not one of those that selections know, and what there is instead."""
 
 
 class Tower:
@@ -53,8 +47,7 @@ class Tower:
 
     def __init__(self, edit: Rewriter, name: str, projected: bool = False) -> None:
         about = edit.program.info
-        if about.family not in ("llava", INTERLEAVED, *SQUARES):
-            why = OTHERS.get(about.family, f"it is not known how that makes its tokens{IN_THE_DECODER}")
+        if why := REFUSED.get(about.tower):
             raise PassError(f"{name}: visual tokens cannot be selected so in the vision tower of {about.family}: {why}")
         if "vision_rest" in edit.program.graphs:
             cut_by = info(outputs(edit.graph)["count"]).by
@@ -69,10 +62,11 @@ class Tower:
         self.attentions = [n for n in edit.graph.nodes if n.target == ops.encoder_attention]
         self.layers = info(self.attentions[-1]).layer + 1 if self.attentions else 0
         self.end = edit.graph.output_node() if projected else next(n for n in edit.graph.nodes if self._projects(n))
-        if projected and about.family == INTERLEAVED:
+        if projected and about.tower == "interleaved":
+            # The projector's tokens are given one more, the newline.
             self.end = outputs(edit.graph)["out"]
         self.side, self.has_cls = 1, True
-        if about.family in SQUARES:
+        if about.tower == "squares":
             length = int(shape(args_of(self.attentions[0])[1])[2])
             self.side = math.isqrt(length // about.tokens_per_image)
             self.has_cls = length > about.tokens_per_image * self.side**2
@@ -114,11 +108,11 @@ class Tower:
 
     def check_moves(self) -> None:
         """Raise PassError where tokens stand among newlines, so that none may take another's place."""
-        if self.edit.program.info.family == INTERLEAVED:
+        if self.edit.program.info.tower == "interleaved":
             raise PassError(
-                f"{self.name}: in a {INTERLEAVED} rows of several tiles stand side by side, with newlines between, and "
-                f"what {self.name} makes of a tile has no place there; fastervlm, vispruner and divprune leave tokens "
-                "where they are"
+                f"{self.name}: in a {self.edit.program.info.family} rows of several tiles stand side by side, with "
+                f"newlines between, and what {self.name} makes of a tile has no place there; fastervlm, vispruner and "
+                "divprune leave tokens where they are"
             )
 
     def check_single(self) -> None:
@@ -165,7 +159,7 @@ class Tower:
         Queries are CLS alone where there is one. A tower that ends with the features gives those of its last layer.
         """
         query, key, _ = self.heads()
-        if self.edit.program.info.family in SQUARES:
+        if self.edit.program.info.tower == "squares":
             flat = [
                 self.call(aten.flatten.using_ints, self.call(aten.transpose.int, x, 1, 2), 2, 3) for x in (query, key)
             ]

@@ -101,6 +101,7 @@ class Gemma3(Tiles):
             grid=(side, side),
             image_size=(vision.num_channels, vision.image_size, vision.image_size),
             uniform=True,
+            tower="squares",
             embed_scale=text.hidden_size**0.5,
             norm_offset=1.0,
         )

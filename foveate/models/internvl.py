@@ -66,4 +66,5 @@ class InternVL(Tiles):
             grid=(side, side),
             image_size=(vision.num_channels, height, width),
             uniform=True,
+            tower="squares",
         )

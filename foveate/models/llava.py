@@ -63,6 +63,7 @@ class Llava(Tiles):
             grid=(side, side),
             image_size=(vision.num_channels, vision.image_size, vision.image_size),
             uniform=True,
+            tower="patches",
         )
 
     def tower_layers(self, model: Any) -> int:

@@ -54,6 +54,7 @@ class LlavaNext(Llava):
             grid=(side, side),
             image_size=(vision.num_channels, vision.image_size, vision.image_size),
             uniform=False,
+            tower="interleaved",
         )
 
     def vision_given(self, info: ModelInfo, given: Given) -> dict[str, Tensor] | None:

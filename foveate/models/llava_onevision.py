@@ -75,6 +75,7 @@ class LlavaOnevision(Llava):
             grid=(side, side),
             image_size=(vision.num_channels, vision.image_size, vision.image_size),
             uniform=False,
+            tower="shrunk",
             video_token_id=config.video_token_id,
         )
 

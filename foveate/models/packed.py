@@ -190,6 +190,7 @@ def about(config: Any, family: str, deepstack: int = 0) -> ModelInfo:
         video_token_id=config.video_token_id,
         deepstack=deepstack,
         uniform=False,
+        tower="packed",
     )
 
 

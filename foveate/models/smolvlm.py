@@ -100,6 +100,7 @@ class SmolVLM(Tiles):
             grid=(side // scale, side // scale),
             image_size=(vision.num_channels, vision.image_size, vision.image_size),
             uniform=True,
+            tower="squares",
         )
 
     def vision_given(self, info: ModelInfo, given: Given) -> dict[str, Tensor] | None:

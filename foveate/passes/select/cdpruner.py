@@ -79,8 +79,8 @@ class CDPruner(VisionSelection):
 
     def _relevance(self, tower: Tower) -> fx.Node:
         edit, features = tower.edit, Tower(tower.edit, self.name).tokens
-        if (family := edit.program.info.family) != "llava":
-            raise PassError(f"{self.name}: clip must be none: the tower of {family} is not that of a CLIP")
+        if (about := edit.program.info).tower != "patches":
+            raise PassError(f"{self.name}: clip must be none: the tower of {about.family} is not that of a CLIP")
         weights, eps = _clip(Path(self.clip), self.name)
         width, wanted = int(shape(features)[2]), weights["projection"].shape[1]
         if width != wanted:

@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import fx
 
 from foveate.errors import PassError
-from foveate.ir.packed import PACKED, keep_in_segments
+from foveate.ir.packed import keep_in_segments
 from foveate.ir.rewriter import Rewriter
 from foveate.ir.vision import Tower
 from foveate.passes.base import Pass
@@ -42,7 +42,7 @@ class VisionSelection(Pass):
         """Insert what computes the score of each token that is left: fp32 [I, n]."""
 
     def by_segment(self) -> tuple[str, float]:
-        """The rule of `foveate::segment_tokens`, and its share, for families whose images stand in one sequence."""
+        """The rule of `foveate::segment_tokens`, and its share, for towers whose images stand in one sequence."""
         raise PassError(
             f"{self.name}: it does not say how it scores tokens in a tower that takes all images as one sequence"
         )
@@ -54,7 +54,7 @@ class VisionSelection(Pass):
     def rewrite(self, edit: Rewriter) -> Iterator[str]:
         """See the module's text."""
         check_removes(self.keep)
-        if edit.program.info.family in PACKED:
+        if edit.program.info.tower == "packed":
             yield from keep_in_segments(edit, self.name, *self.by_segment(), float(self.keep), self.how())
             return
         tower = Tower(edit, self.name, self.projected)
