@@ -50,7 +50,7 @@ def info(node: fx.Node) -> NodeInfo:
     return value
 
 
-Tower = Literal["patches", "squares", "interleaved", "packed", "shrunk", "unknown"]
+TowerKind = Literal["patches", "squares", "interleaved", "packed", "shrunk", "unknown"]
 """How a vision tower makes an image's tokens.
 
 patches: a token of each patch, behind a CLS token. squares: a token of each square of patches, all images of one size.
@@ -96,7 +96,7 @@ class ModelInfo:
     embed_scale: float = 1.0
     norm_offset: float = 0.0
     uniform: bool = True
-    tower: Tower = "unknown"
+    tower: TowerKind = "unknown"
     position_limit: int | None = None
 
     @property
