@@ -46,58 +46,49 @@ def main() -> None:
 
 
 def medians(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Backend -> program -> seconds of a prefill and of a step, in the median over processes.
-
-    `hf` is Hugging Face's own model in torch, which ran in each of them.
-    """
+    """Backend -> program -> seconds of a prefill and of a step, in the median over processes."""
     return {
         backend: {
             program: {
                 graph: statistics.median(run[program][f"{graph}_s"] for run in found) for graph in ("prefill", "decode")
             }
-            for program in ("hf", "dense", "optimized")
+            for program in ("dense", "optimized")
         }
         for backend, found in runs.items()
     }
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables, and what they were measured with."""
+    """The table, and what it was measured with."""
     sizes, about = result["sizes"], result["environment"]
     shape = ", ".join(f"{name} {value}" for name, value in sizes.items())
     lines = [
         "# ONNX Runtime against eager on a CPU",
         "",
-        f"{versions(about)}; {about['cpu']}, {about['cpus']} CPUs. Random weights, fp32: {shape}. Medians, in ms; "
-        f"processes of each backend: {result['turns']}. HF: the model of transformers, in the processes of ORT.",
+        f"{versions(about)}; {about['cpu']}, {about['cpus']} CPUs. Random weights, fp32: {shape}. Medians of "
+        f"{result['turns']} processes each, in ms; in brackets over eager.",
         "",
-        "| passes | what | HF | eager | ORT | over eager | over HF |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| passes | program | prefill, eager | prefill, ORT | step, eager | step, ORT | FLOPs | over dense | share |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        for graph, what in (("prefill", "prefill"), ("decode", "step")):
-            for program in ("dense", "optimized"):
-                name = f"`{row['passes']}`" if (graph, program) == ("prefill", "dense") else ""
-                lines.append(f"| {name} | {what}, {program} | {' | '.join(times(row, graph, program))} |")
-    lines += ["", "| passes | FLOPs | prefill over dense, in ORT | share |", "|---|--:|--:|--:|"]
-    for row in result["rows"]:
         gain = row["onnx"]["dense"]["prefill"] / row["onnx"]["optimized"]["prefill"]
+        lines.append(f"| `{row['passes']}` | dense | {' | '.join(times(row, 'dense'))} | | | |")
         share = f"{gain / row['flops']:.2f}"
-        enough = share if gain >= SHARE * row["flops"] else f"**{share}**"
-        lines.append(f"| `{row['passes']}` | {row['flops']:.2f}x | {gain:.2f}x | {enough} |")
+        figures = [f"{row['flops']:.2f}x", f"{gain:.2f}x", share if gain >= SHARE * row["flops"] else f"**{share}**"]
+        lines.append(f"| | optimized | {' | '.join([*times(row, 'optimized'), *figures])} |")
     legend = "Share: measured over FLOP speed-up. **Bold**: over 0.80 of eager (a step: 0.70), a share below 0.8."
     return "\n".join([*lines, "", legend, ""])
 
 
-def times(row: dict[str, Any], graph: str, program: str) -> list[str]:
-    """Hugging Face, eager and ORT, and the last over the others."""
-    eager, ort = (1000 * row[backend][program][graph] for backend in BACKENDS)
-    over = f"{ort / eager:.2f}"
-    cells = [f"{eager:.1f}", f"{ort:.1f}", over if ort <= ENOUGH[graph] * eager else f"**{over}**"]
-    if program == "optimized":
-        return ["", *cells, ""]
-    hf = 1000 * row["onnx"]["hf"][graph]
-    return [f"{hf:.1f}", *cells, f"{ort / hf:.2f}"]
+def times(row: dict[str, Any], program: str) -> list[str]:
+    """Eager and ORT, of the prefill and of a step."""
+    cells = []
+    for graph, most in ENOUGH.items():
+        eager, ort = (1000 * row[backend][program][graph] for backend in BACKENDS)
+        over = f"{ort / eager:.2f}"
+        cells += [f"{eager:.1f}", f"{ort:.1f} ({over if ort <= most * eager else f'**{over}**'})"]
+    return cells
 
 
 if __name__ == "__main__":

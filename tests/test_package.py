@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -215,20 +215,27 @@ def test_an_export_killed_at_any_point_leaves_a_whole_package_or_none(tmp_path: 
         f"foveate.export(model, output={str(tmp_path / 'out')!r})"
     )
     drawn = random.Random(0)
-    whole, takes = 0, 0.0
-    for turn in range(5):
+    whole, count = 0, 0
+    for turn in range(6):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "go\n"
-        if turn == 0:  # how long it takes where nobody interrupts it
-            begun = time.perf_counter()
+        if turn == 0:
             assert process.wait() == 0
-            takes = time.perf_counter() - begun
-        # Somewhere in each quarter of that time, so that one comes early even if exports have become faster since.
-        time.sleep(takes * (turn - 1 + drawn.random()) / 4 if turn else 0)
-        process.send_signal(signal.SIGKILL)
+            count = files_below(tmp_path)
+        # When some of the files are there, more in each turn; in the last one all, which are then checked.
+        wanted = count * min(1, (turn - 1 + drawn.random()) / 4)
+        while process.poll() is None and files_below(tmp_path) < wanted:
+            time.sleep(0.001)
+        process.kill()
         process.wait()
         if (tmp_path / "out").exists():
             foveate.load(tmp_path / "out")
-            shutil.rmtree(tmp_path / "out")
             whole += 1
+        for left in tmp_path.iterdir():
+            shutil.rmtree(left)
     assert 1 <= whole < 5
+
+
+def files_below(folder: Path) -> int:
+    """How many files there are, folders that vanish meanwhile left out."""
+    return sum(len(names) for _, _, names in os.walk(folder))

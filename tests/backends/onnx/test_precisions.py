@@ -90,7 +90,8 @@ def test_scores_are_in_fp32(passes: str, dtype: torch.dtype, opset: int) -> None
 @pytest.mark.parametrize("passes", [*PASSES[:3], PASSES[6]])
 def test_fp16_runs_as_written(passes: str, tmp_path: Path) -> None:
     found = foveate.export(optimized(passes, torch.float16), output=tmp_path / "out").parity
-    assert found is not None and found.ok and found.kept and found.tokens and found.difference < 5e-3
+    # Answers may differ: which of two nearly equal logits is larger depends on how a CPU rounds.
+    assert found is not None and found.ok and found.kept and found.difference < 5e-3
     assert found.ran == "run as written by ONNX Runtime (CPU)"
     eager, there = foveate.load(tmp_path / "out", backend="eager"), foveate.load(tmp_path / "out")
     for prompt in ({}, {"batch": 3, "images_per_row": [2, 0, 1], "padding": "left"}):
