@@ -153,7 +153,7 @@ def export(
     if opset is not None and backend == "aoti":
         raise BackendError("an opset is one of ONNX graphs, which AOTInductor does not compile")
     if plugin and backend != "tensorrt":
-        raise BackendError(f"the plugin is TensorRT's; the backend {backend} has kernels of its own")
+        raise BackendError(f"the plugin is TensorRT's: export with the backend tensorrt, not {backend}")
     with artifact.new_folder(folder) as work:
         artifact.write_model(model, work)
         if backend == "aoti":
