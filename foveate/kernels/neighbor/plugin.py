@@ -111,7 +111,9 @@ class PluginKernel:
         problem = self._problem()
         q, k = problem.q, problem.k
         if importlib.util.find_spec("triton") is None:
-            raise BackendError("neighbour attention as a plugin is compiled by Triton, which is not installed: pip install triton")
+            raise BackendError(
+                "neighbour attention as a plugin is compiled by Triton, which is not installed: pip install triton"
+            )
         from foveate.kernels.neighbor.triton_plugin import plugin_forward
 
         images = torch.empty(1, 8, dtype=torch.int32, device="meta")
