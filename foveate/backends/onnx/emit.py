@@ -22,12 +22,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
+from foveate.backends.onnx.nodes import DOMAIN, needed
 from foveate.backends.onnx.opsets import OPSET
 from foveate.errors import BackendError
 from foveate.ir.program import Program, args_of, info
 from foveate.ops import PAD
 
-__all__ = ["ELEMENT", "PAD", "Emitter", "Place", "Writer", "reads", "refusal"]
+__all__ = ["ELEMENT", "PAD", "Emitter", "Place", "Writer", "refusal"]
 
 ELEMENT: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
@@ -39,9 +40,6 @@ ELEMENT: dict[torch.dtype, int] = {
     torch.bool: TensorProto.BOOL,
 }
 """ONNX's number for a dtype."""
-
-DOMAIN = "foveate"
-"""Of local functions, which stay one node for who knows them and are standard operators for everybody else."""
 
 END = 2**63 - 1
 """Where a slice ends that goes on to the end of its axis."""
@@ -239,18 +237,8 @@ class Emitter:
 
     def used(self, results: Sequence[str]) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
         """The nodes and initializers that results need, in order."""
-        wanted, kept = set(results), []
-        for node in reversed(self.nodes):
-            if wanted & set(node.output):
-                wanted |= reads(node)
-                kept.append(node)
-        return kept[::-1], [tensor for name, tensor in self.initializers.items() if name in wanted]
-
-
-def reads(node: onnx.NodeProto) -> set[str]:
-    """The names that a node reads, those in a body included."""
-    inner = (each for found in node.attribute if found.HasField("g") for each in found.g.node)
-    return set(node.input).union(*(reads(each) for each in inner))
+        kept, wanted = needed(self.nodes, results)
+        return kept, [tensor for name, tensor in self.initializers.items() if name in wanted]
 
 
 def _literal(tensor: Tensor, name: str) -> onnx.TensorProto:

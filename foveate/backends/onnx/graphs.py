@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from foveate import __version__
 from foveate.backends.onnx import aten, attention, experts, fit, guided, kv, segments, selection, tower, vision
-from foveate.backends.onnx.emit import DOMAIN, ELEMENT, Emitter, Place, Writer, reads
+from foveate.backends.onnx.emit import ELEMENT, Emitter, Place, Writer
 from foveate.backends.onnx.names import axis_name, input_name, named_outputs
+from foveate.backends.onnx.nodes import DOMAIN, reads
 from foveate.backends.onnx.opsets import IR_VERSIONS, OPSET
 from foveate.errors import BackendError
 from foveate.ir.program import Program

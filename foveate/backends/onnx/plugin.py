@@ -31,8 +31,8 @@ def kernel_of(emit: Emitter, node: fx.Node) -> PluginKernel | None:
     text is a stream of keys, and where there is a kernel.
     """
     q, k, _, q_order, k_order, coords, _, radius, metric, causal, scale = args_of(node)
-    about, (height, width) = emit.program.info, emit.program.info.grid
-    whole = about.uniform and not emit.program.shortens and height * width == about.tokens_per_image
+    height, width = emit.program.info.grid
+    whole = emit.program.info.uniform and not emit.program.shortens
     given = all(n.op == "placeholder" for n in (q_order, *k_order, coords))
     if not (whole and given and len(k) == 2 and k_order[0] is q_order and metric in METRICS):
         return None

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from foveate.backends.onnx.nodes import DOMAIN
 from foveate.backends.tensorrt.reading import every_node, read, subgraphs, with_shapes, without_functions
 from foveate.backends.tensorrt.table import Check, Operator, Table, Version, operators, parse_version
 from foveate.backends.tensorrt.values import Scope, Value, attributes
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     import onnx
 
 STANDARD = ("", "ai.onnx")
-DOMAIN = "foveate"
-"""Namespace of the plugin that a package carries (`foveate.backends.tensorrt.plugin`)."""
-
 Source = str | os.PathLike[str]
 
 
@@ -120,7 +118,7 @@ def _dtype(value: Value, name: str, place: str, op: str, table: Table) -> Iterat
 def _node(node: onnx.NodeProto, place: str, scope: Scope, table: Table, target: Version) -> Iterator[Finding]:
     op = node.op_type
     if attributes(node).get("plugin_namespace") == DOMAIN:
-        return
+        return  # the package brings the plugin
     if node.domain not in STANDARD:
         problem, right = f"the domain {node.domain} is not ONNX's", "ai.onnx operators, or a plugin of this name"
         yield Finding(place, op, "domain", problem, right, table.sources["operators"])

@@ -19,8 +19,7 @@ from dataclasses import fields
 from importlib.resources import files as resources
 from typing import TYPE_CHECKING, Any
 
-from foveate.backends.tensorrt.lint import DOMAIN
-from foveate.backends.tensorrt.reading import every_node
+from foveate.backends.onnx.nodes import DOMAIN, needed
 from foveate.kernels.neighbor.plugin import PluginKernel
 
 if TYPE_CHECKING:
@@ -97,15 +96,10 @@ def _kernel(node: onnx.NodeProto) -> PluginKernel:
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
     """Leave out the nodes, weights and inputs that no output needs."""
-    wanted = {output.name for output in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if wanted & set(node.output):
-            wanted.update(name for each in every_node([node]) for name in each.input)
-            kept.append(node)
+    kept, wanted = needed(graph.node, (output.name for output in graph.output))
     tensors = [tensor for tensor in graph.initializer if tensor.name in wanted]
     inputs = [given for given in graph.input if given.name in wanted]
     del graph.node[:], graph.initializer[:], graph.input[:]
-    graph.node.extend(kept[::-1])
+    graph.node.extend(kept)
     graph.initializer.extend(tensors)
     graph.input.extend(inputs)

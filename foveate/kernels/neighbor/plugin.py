@@ -25,7 +25,6 @@ PTX_VERSION = {80: 84, 90: 84, 100: 86}
 """Ten times the PTX version, by ten times the compute capability: as old as can be, since TensorRT brings a compiler
 of its own, which may be older than Triton's."""
 
-
 PARAMETERS = 9
 """Six inputs, two lengths and the output."""
 
