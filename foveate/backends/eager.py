@@ -7,6 +7,7 @@ from torch import fx
 import foveate.kernels  # noqa: F401  registers what the foveate ops compute
 from foveate.backends.adapters import with_adapters
 from foveate.backends.base import Inputs, Runner, input_names
+from foveate.backends.fused import fuse
 from foveate.ir.program import Program
 from foveate.ir.tokens import ELEMENTWISE
 from foveate.ir.weights import aten
@@ -16,6 +17,7 @@ from foveate.kernels.linear import linear, pays
 def graph_module(program: Program, graph: fx.Graph, name: str) -> fx.GraphModule:
     """A module that shares the program's weights and their adapters; what it returns is what the graph returns."""
     root, graph = with_adapters(program, graph)
+    fuse(graph)
     linears = [n for n in graph.nodes if n.target == aten.linear.default] if pays() else []
     for node in linears:
         node.kwargs = {**node.kwargs, "ordered": not _feeds_linears(node, linears)}

@@ -67,8 +67,9 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, ordered: bool) -> Te
         flat = x.reshape(tokens, weight.shape[1])
         # oneDNN packs tokens that lie column by column as fast; any other strides would take it ages.
         flat = flat if flat.t().is_contiguous() else flat.contiguous()
-        out = _product(weight, flat, None).t()
-        return (out.contiguous() if ordered else out).view(*x.shape[:-1], weight.shape[0])
+        out = _product(weight, flat, None).t().view(1, *x.shape[:-1], weight.shape[0])
+        # With a third axis torch puts it in order on all threads; with two, on one.
+        return (out.contiguous() if ordered else out)[0]
     return _product(x, weight, bias)
 
 
