@@ -53,9 +53,10 @@ def info(node: fx.Node) -> NodeInfo:
 TowerKind = Literal["patches", "squares", "interleaved", "packed", "shrunk", "unknown"]
 """How a vision tower makes an image's tokens.
 
-patches: a token of each patch, behind a CLS token. squares: a token of each square of patches, all images of one size.
-interleaved: as patches, but rows of several tiles stand side by side, with newlines between. packed: all images, of any
-size, stand in one sequence. shrunk: images and frames become smaller behind the tower, which has no CLS token.
+patches: a token of each patch, behind a CLS token. squares: a token of each square of patches, or of each patch, behind
+a CLS token or not, all images of one size. interleaved: as patches, but rows of several tiles stand side by side, with
+newlines between. packed: all images, of any size, stand in one sequence. shrunk: images and frames become smaller
+behind the tower, which has no CLS token.
 """
 
 

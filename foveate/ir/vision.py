@@ -116,12 +116,20 @@ class Tower:
             )
 
     def check_single(self) -> None:
-        """Raise PassError where a token is a square of patches, which what works inside the tower would tear apart."""
+        """Raise PassError where a token is a square of patches, which what works inside the tower would tear apart.
+
+        And where there is no CLS token, which all that works there leaves in front.
+        """
         self.check_moves()
         if self.side > 1:
             raise PassError(
                 f"{self.name}: in the tower of {self.edit.program.info.family} a token is {self.side} x {self.side} "
                 f"patches, and {self.name} works on single ones; visionzip, prumerge and divprune work on tokens"
+            )
+        if not self.has_cls:
+            raise PassError(
+                f"{self.name}: the tower of this {self.edit.program.info.family} has no CLS token, which {self.name} "
+                "needs; visionzip, prumerge and divprune do without"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""LLaVA: a CLIP tower, an MLP projector and a Llama decoder (`LlavaForConditionalGeneration`)."""
+"""LLaVA: a CLIP or SigLIP tower, an MLP projector and a decoder (`LlavaForConditionalGeneration`)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
-from foveate.ir.program import ModelInfo
+from foveate.ir.program import ModelInfo, TowerKind
 from foveate.models.decoder import common
 from foveate.models.recording import Wrapper
 from foveate.models.tiles import Tiles
+
+DECODERS = ("llama", "mistral", "qwen2")
+TOWERS: dict[str, tuple[TowerKind, str, str]] = {
+    "clip_vision_model": ("patches", "default", "keeps the CLS token, which has"),
+    "siglip_vision_model": ("squares", "full", "drops the first patch, without which the others have"),
+}
+"""Tower -> how it makes tokens, which `vision_feature_select_strategy` takes its patches, what the other one does."""
 
 
 class Vision(Wrapper):
@@ -40,21 +47,18 @@ class Llava(Tiles):
 
         Raises UnsupportedModelError for a tower, decoder or rotary embedding that is not supported.
         """
-        text, vision = config.text_config, config.vision_config
-        if vision.model_type != "clip_vision_model":
+        text, vision, strategy = config.text_config, config.vision_config, config.vision_feature_select_strategy
+        if vision.model_type not in TOWERS:
             raise UnsupportedModelError(
-                f"vision tower {vision.model_type!r} is not supported in a LLaVA; a CLIP tower (clip_vision_model) is"
+                f"vision tower {vision.model_type!r} is not supported in a LLaVA; supported: {', '.join(TOWERS)}"
             )
-        if text.model_type != "llama":
-            raise UnsupportedModelError(f"decoder {text.model_type!r} is not supported in a LLaVA; llama is")
-        if config.vision_feature_select_strategy not in ("default", "full"):
+        check_head(vision)
+        check_decoder(text, DECODERS, "LLaVA")
+        tower, wanted, what = TOWERS[vision.model_type]
+        if strategy != wanted:
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}: use 'default'"
-            )
-        if config.vision_feature_select_strategy == "full":
-            raise UnsupportedModelError(
-                "vision_feature_select_strategy 'full' keeps the CLS token, which has no place in"
-                " the grid of visual tokens; use 'default'"
+                f"vision_feature_select_strategy {strategy!r} {what} no place in the grid of visual tokens; "
+                f"use {wanted!r}"
             )
         side = vision.image_size // vision.patch_size
         return ModelInfo(
@@ -63,7 +67,7 @@ class Llava(Tiles):
             grid=(side, side),
             image_size=(vision.num_channels, vision.image_size, vision.image_size),
             uniform=True,
-            tower="patches",
+            tower=tower,
         )
 
     def tower_layers(self, model: Any) -> int:
@@ -72,3 +76,22 @@ class Llava(Tiles):
         count = model.config.vision_config.num_hidden_layers
         deepest = max(i % (count + 1) for i in ([layers] if isinstance(layers, int) else layers))
         return int(deepest)
+
+
+def check_decoder(text: Any, decoders: tuple[str, ...], family: str) -> None:
+    """Raise UnsupportedModelError for a decoder that is none of these, or has sliding windows."""
+    if text.model_type not in decoders:
+        raise UnsupportedModelError(
+            f"decoder {text.model_type!r} is not supported in a {family}; supported: {', '.join(decoders)}"
+        )
+    if getattr(text, "sliding_window", None) is not None:
+        raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
+
+
+def check_head(vision: Any) -> None:
+    """Raise UnsupportedModelError for a SigLIP tower with a pooling head."""
+    if getattr(vision, "vision_use_head", False):
+        raise UnsupportedModelError(
+            "a SigLIP tower with a pooling head is not supported, as no LLaVA reads it: set vision_use_head=False in "
+            "vision_config"
+        )

@@ -13,7 +13,7 @@ from foveate.ir.program import ModelInfo
 from foveate.models import anyres
 from foveate.models.decoder import common
 from foveate.models.family import Given
-from foveate.models.llava import Llava
+from foveate.models.llava import Llava, check_decoder
 
 DECODERS = ("llama", "mistral", "qwen2")
 
@@ -35,12 +35,7 @@ class LlavaNext(Llava):
                 f"vision tower {vision.model_type!r} is not supported in a LLaVA-NeXT; a CLIP tower "
                 "(clip_vision_model) is"
             )
-        if text.model_type not in DECODERS:
-            raise UnsupportedModelError(
-                f"decoder {text.model_type!r} is not supported in a LLaVA-NeXT; supported: {', '.join(DECODERS)}"
-            )
-        if getattr(text, "sliding_window", None) is not None:
-            raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
+        check_decoder(text, DECODERS, "LLaVA-NeXT")
         if config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} keeps the CLS token, which "

@@ -24,7 +24,7 @@ from foveate.ir.program import ModelInfo
 from foveate.models import anyres
 from foveate.models.decoder import common
 from foveate.models.family import Given
-from foveate.models.llava import Llava
+from foveate.models.llava import Llava, check_decoder, check_head
 
 DECODERS = ("llama", "qwen2")
 ASPECT = re.compile(r"anyres_max_([1-9]\d*)")
@@ -46,17 +46,8 @@ class LlavaOnevision(Llava):
             raise UnsupportedModelError(
                 f"vision tower {vision.model_type!r} is not supported in a LLaVA-OneVision; siglip_vision_model is"
             )
-        if vision.vision_use_head:
-            raise UnsupportedModelError(
-                "a SigLIP tower with a pooling head is not supported in a LLaVA-OneVision, which does not read it: set "
-                "vision_use_head=False in vision_config"
-            )
-        if text.model_type not in DECODERS:
-            raise UnsupportedModelError(
-                f"decoder {text.model_type!r} is not supported in a LLaVA-OneVision; supported: {', '.join(DECODERS)}"
-            )
-        if getattr(text, "sliding_window", None) is not None:
-            raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
+        check_head(vision)
+        check_decoder(text, DECODERS, "LLaVA-OneVision")
         if config.vision_feature_select_strategy != "full":
             raise UnsupportedModelError(
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} drops the first patch of a "

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from foveate.backends.eager import lower
+from foveate.backends.adapters import with_adapters
+from foveate.backends.base import input_names
 from foveate.backends.regions import Region, regions, run_by_regions
 from foveate.ir.join import join
 from foveate.ir.program import Program
@@ -49,7 +50,8 @@ def test_regions_in_turn_are_the_graph(pipeline: str, name: str, alike: int) -> 
         return fx.GraphModule(torch.nn.Module(), region.graph)
 
     with torch.no_grad():
-        whole = lower(program, graph, name)(inputs)
+        op_by_op = fx.GraphModule(*with_adapters(program, graph))
+        whole = op_by_op(*(inputs[name] for name in input_names(graph)))
         parts = run_by_regions(program, graph, make, alike)(inputs)
     flat_whole, flat_parts = (torch.utils._pytree.tree_flatten(x) for x in (whole, parts))
     assert flat_whole[1] == flat_parts[1]

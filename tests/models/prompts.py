@@ -128,19 +128,30 @@ class PaddedTiles(Family):
         return {"pixel_values": pixels * mask[:, :, None], "pixel_attention_mask": mask.long()}
 
 
-class Whole(Family):
-    """Gemma 3: every image is as large, and token types say where it stands."""
+class OneSize(Family):
+    """LLaVA: every image is as large, a token a patch."""
 
     images = 0
 
+    @property
+    def side(self) -> int:
+        return int(self.config.vision_config.image_size // self.config.vision_config.patch_size)
+
     def image(self, draw: random.Random) -> tuple[int, list[tuple[int, int, int]]]:
         self.images += 1
-        side = int(self.config.mm_tokens_per_image**0.5)
-        return self.config.image_token_id, self.raster(side, side)
+        return self.config.image_token_id, self.raster(self.side, self.side)
 
     def given(self) -> dict[str, Tensor]:
         size = self.config.vision_config.image_size
         return {"pixel_values": self.noise(self.images, 3, size, size)} if self.images else {}
+
+
+class Whole(OneSize):
+    """Gemma 3: the same, pooled, and token types say where an image stands."""
+
+    @property
+    def side(self) -> int:
+        return int(self.config.mm_tokens_per_image**0.5)
 
 
 class Grids(Family):
@@ -263,6 +274,7 @@ class Told(Grids):
 FAMILIES: dict[str, Callable[[Any, int], Any]] = {
     "internvl": Tiles,
     "qwen2_vl": Grids,
+    "llava": OneSize,
     "llava_next": Detailed,
     "llava_onevision": OneVision,
     "qwen2_5_vl": Timed,

@@ -23,6 +23,7 @@ MODELS: dict[str, Any] = {
     "internvl, qwen2": lambda: tiny.internvl("qwen2", vision={"image_size": 48}),
     "internvl, qwen3": lambda: tiny.internvl("qwen3", vision={"image_size": 48}),
     "internvl, phi3": lambda: tiny.internvl("phi3", vision={"image_size": 48}),
+    "llava, qwen2": tiny.llava,
     "qwen2-vl": tiny.qwen2_vl,
     "llava-next, llama": tiny.llava_next,
     "llava-next, mistral": lambda: tiny.llava_next("mistral"),

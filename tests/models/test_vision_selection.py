@@ -29,6 +29,7 @@ MODELS: dict[str, Any] = {
     "smolvlm": lambda: tiny.smolvlm(image_size=64),
     "idefics3": lambda: tiny.smolvlm("idefics3", image_size=64),
     "gemma3": tiny.gemma3,
+    "llava": tiny.llava,
 }
 ROWS = ([[1]], [[2], [0], [1]], [[0], [0]])
 """Images in each prompt."""

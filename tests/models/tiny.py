@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     InternVLConfig,
+    LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
     Qwen2_5_VLConfig,
@@ -138,6 +139,31 @@ def internvl(decoder: str = "llama", device: str = "cpu", vision: dict[str, Any]
 
 PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 """Tiles down and across of the resolutions of LLaVA-NeXT."""
+
+
+def llava(decoder: str = "qwen2", device: str = "cpu", vision: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """A LLaVA of 4 x 4 patches with a SigLIP tower; `vision` changes that, `text` (of `changes`) its decoder."""
+    tower = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 34,
+        "patch_size": 8,
+        **(vision or {}),
+    }
+    if tower["model_type"] == "siglip_vision_model":
+        tower.setdefault("vision_use_head", False)
+    text = {"model_type": decoder, **TEXT, **({"sliding_window": None} if decoder == "mistral" else {})}
+    settings = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", **changes}
+    config = LlavaConfig(
+        text_config={**text, **settings.pop("text", {})},
+        vision_config=tower,
+        image_token_index=VOCAB - 1,
+        **settings,
+    )
+    return build(config, device)
 
 
 def llava_next(

@@ -67,6 +67,11 @@ def _modules(model: Any) -> tuple[Any, Any]:
         return inner.vision_tower.encoder.layers[-1].self_attn, lambda f: norm.register_forward_hook(
             lambda m, args, out: f(out)
         )
+    if model.config.model_type == "llava":
+        reads = inner.multi_modal_projector.linear_1
+        return inner.vision_tower.encoder.layers[-1].self_attn, lambda f: reads.register_forward_pre_hook(
+            lambda m, args: f(args[0])
+        )
     proj = inner.connector.modality_projection.proj
     return inner.vision_model.encoder.layers[-1].self_attn, lambda f: proj.register_forward_pre_hook(
         lambda m, args: f(args[0])
@@ -92,6 +97,8 @@ def _squares(model: Any) -> Tensor:
         kernel = inner.multi_modal_projector.kernel_size
         picture = numbers.view(1, 1, int(side), int(side))
         return torch.nn.functional.unfold(picture, kernel, stride=kernel)[0].T.long()
+    if config.model_type == "llava":
+        return numbers[:, None].long()
     return inner.connector.pixel_shuffle(numbers.view(1, -1, 1), config.scale_factor)[0].long()
 
 
@@ -100,7 +107,7 @@ def projected(model: Any, tokens: list[Tokens]) -> list[Tokens]:
     inner, family = model.model, model.config.model_type
 
     def project(x: Tensor) -> Tensor:
-        if family == "internvl":
+        if family in ("internvl", "llava"):
             own = inner.multi_modal_projector
             return own.linear_2(own.act(own.linear_1(x)))
         if family == "gemma3":
