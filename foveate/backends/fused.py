@@ -26,7 +26,8 @@ def fuse(graph: fx.Graph) -> None:
                     new = graph.call_function(function, found)
                 new.meta = node.meta
                 node.replace_all_uses_with(new)
-    graph.eliminate_dead_code()
+    # Every op and adapter of a graph is pure.
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
