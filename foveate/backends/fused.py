@@ -44,7 +44,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., n] over the root of the mean of its squares, times weight [n]."""
     mean = x.pow(2).mean(-1, keepdim=True)
-    if mean.requires_grad or weight.requires_grad:
+    if torch.is_grad_enabled() and (mean.requires_grad or weight.requires_grad):
         return weight * (x * (mean + eps).rsqrt())
     return (x * mean.add_(eps).rsqrt_()).mul_(weight)
 

@@ -157,3 +157,14 @@ def test_every_rotation_and_norm_of_a_decoder_is_replaced(name: str) -> None:
     assert targets.count(rotated) == 2 * program.info.layers
     assert targets.count(normed) > 2 * program.info.layers
     assert not {torch.ops.aten.rsqrt.default, torch.ops.aten.neg.default} & set(targets)
+
+
+def test_weights_that_could_learn_are_not_written_to() -> None:
+    x, weight = tensors(1, (1, 5, 12), (12,))
+    learns = weight.clone().requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(normed(x, learns, 1e-6), norm(x, weight), rtol=1e-6, atol=1e-6)
+    assert torch.equal(learns, weight)
+    # With gradients there are no writes at all, which autograd would refuse.
+    normed(x.requires_grad_(), learns, 1e-6).sum().backward()
+    assert learns.grad is not None
