@@ -282,7 +282,7 @@ def siglip(config: Any) -> None:
             lambda: rebuilt(longrope),
             r"rotary embedding 'longrope' depends on the prompt's length; supported: .*default",
         ),
-        (lambda: rebuilt(siglip), r"vision tower 'siglip_vision_model' is not supported"),
+        (lambda: rebuilt(siglip), r"a SigLIP tower with a pooling head is not supported"),
         (
             lambda: rebuilt(lambda c: setattr(c, "vision_feature_select_strategy", "full")),
             r"vision_feature_select_strategy 'full'.*use 'default'",
