@@ -46,7 +46,9 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     mean = x.pow(2).mean(-1, keepdim=True)
     if torch.is_grad_enabled() and (mean.requires_grad or weight.requires_grad):
         return weight * (x * (mean + eps).rsqrt())
-    return (x * mean.add_(eps).rsqrt_()).mul_(weight)
+    scaled = x * mean.add_(eps).rsqrt_()
+    # Under autocast a weight may be wider than what it scales.
+    return scaled.mul_(weight) if scaled.dtype == weight.dtype else weight * scaled
 
 
 def _rotation(node: fx.Node) -> tuple[Any, ...] | None:

@@ -168,3 +168,16 @@ def test_weights_that_could_learn_are_not_written_to() -> None:
     # With gradients there are no writes at all, which autograd would refuse.
     normed(x.requires_grad_(), learns, 1e-6).sum().backward()
     assert learns.grad is not None
+
+
+def test_under_autocast_dtypes_and_values_are_those_of_the_ops() -> None:
+    x, cos, sin = tensors(0, *[(1, 2, 5, 12)] * 3)
+    y, weight = tensors(1, (1, 5, 12), (12,))
+    x, y = x.bfloat16(), y.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for found, expected in (
+            (rotated(x, cos, sin), rotation(x, cos, sin)),
+            (normed(y, weight, 1e-6), norm(y, weight)),
+        ):
+            assert found.dtype == expected.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
