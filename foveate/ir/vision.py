@@ -116,9 +116,9 @@ class Tower:
             )
 
     def check_single(self) -> None:
-        """Raise PassError where a token is a square of patches, which what works inside the tower would tear apart.
+        """Raise PassError where what works inside the tower cannot.
 
-        And where there is no CLS token, which all that works there leaves in front.
+        A token that is a square of patches would be torn apart, and a CLS token is what it leaves in front.
         """
         self.check_moves()
         if self.side > 1:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.errors import UnsupportedModelError
 from foveate.models.recording import Inputs, Size, Wrapper
 from foveate.models.rotary import position_limit
 
@@ -48,6 +49,16 @@ class Decoder(Wrapper):
         logits = self.model.lm_head(states[:, -1:])
         assert isinstance(logits, Tensor)  # the head is a plain linear
         return logits
+
+
+def check_decoder(text: Any, decoders: Collection[str], model: str) -> None:
+    """Raise UnsupportedModelError for a decoder that is none of these, or has sliding windows; model: of what kind."""
+    if text.model_type not in decoders:
+        raise UnsupportedModelError(
+            f"decoder {text.model_type!r} is not supported in {model}; supported: {', '.join(decoders)}"
+        )
+    if getattr(text, "sliding_window", None) is not None:
+        raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
 
 
 def common(config: Any, roles: Mapping[str, str] = ROLES, paths: Mapping[str, str] = PATHS) -> dict[str, Any]:

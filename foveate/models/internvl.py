@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo
-from foveate.models.decoder import FUSED_ROLES, ROLES, common
+from foveate.models.decoder import FUSED_ROLES, ROLES, check_decoder, common
 from foveate.models.recording import Wrapper
 from foveate.models.tiles import Tiles
 
@@ -41,12 +41,7 @@ class InternVL(Tiles):
             raise UnsupportedModelError(
                 f"vision tower {vision.model_type!r} is not supported in an InternVL; internvl_vision is"
             )
-        if text.model_type not in DECODERS:
-            raise UnsupportedModelError(
-                f"decoder {text.model_type!r} is not supported in an InternVL; supported: {', '.join(sorted(DECODERS))}"
-            )
-        if getattr(text, "sliding_window", None) is not None:
-            raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
+        check_decoder(text, DECODERS, "an InternVL")
         if config.vision_feature_layer != -1 or config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
                 f"vision_feature_layer {config.vision_feature_layer!r} with vision_feature_select_strategy"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 from foveate.ir.program import ModelInfo, TowerKind
-from foveate.models.decoder import common
+from foveate.models.decoder import check_decoder, common
 from foveate.models.recording import Wrapper
 from foveate.models.tiles import Tiles
 
@@ -53,7 +53,7 @@ class Llava(Tiles):
                 f"vision tower {vision.model_type!r} is not supported in a LLaVA; supported: {', '.join(TOWERS)}"
             )
         check_head(vision)
-        check_decoder(text, DECODERS, "LLaVA")
+        check_decoder(text, DECODERS, "a LLaVA")
         tower, wanted, what = TOWERS[vision.model_type]
         if strategy != wanted:
             raise UnsupportedModelError(
@@ -76,16 +76,6 @@ class Llava(Tiles):
         count = model.config.vision_config.num_hidden_layers
         deepest = max(i % (count + 1) for i in ([layers] if isinstance(layers, int) else layers))
         return int(deepest)
-
-
-def check_decoder(text: Any, decoders: tuple[str, ...], family: str) -> None:
-    """Raise UnsupportedModelError for a decoder that is none of these, or has sliding windows."""
-    if text.model_type not in decoders:
-        raise UnsupportedModelError(
-            f"decoder {text.model_type!r} is not supported in a {family}; supported: {', '.join(decoders)}"
-        )
-    if getattr(text, "sliding_window", None) is not None:
-        raise UnsupportedModelError(f"sliding window attention ({text.sliding_window} tokens) is not supported")
 
 
 def check_head(vision: Any) -> None:

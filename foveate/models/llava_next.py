@@ -11,11 +11,9 @@ from foveate.errors import UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import anyres
-from foveate.models.decoder import common
+from foveate.models.decoder import check_decoder, common
 from foveate.models.family import Given
-from foveate.models.llava import Llava, check_decoder
-
-DECODERS = ("llama", "mistral", "qwen2")
+from foveate.models.llava import DECODERS, Llava
 
 
 class LlavaNext(Llava):
@@ -35,7 +33,7 @@ class LlavaNext(Llava):
                 f"vision tower {vision.model_type!r} is not supported in a LLaVA-NeXT; a CLIP tower "
                 "(clip_vision_model) is"
             )
-        check_decoder(text, DECODERS, "LLaVA-NeXT")
+        check_decoder(text, DECODERS, "a LLaVA-NeXT")
         if config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} keeps the CLS token, which "

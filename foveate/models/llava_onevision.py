@@ -22,9 +22,9 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.ir.layout import Layout
 from foveate.ir.program import ModelInfo
 from foveate.models import anyres
-from foveate.models.decoder import common
+from foveate.models.decoder import check_decoder, common
 from foveate.models.family import Given
-from foveate.models.llava import Llava, check_decoder, check_head
+from foveate.models.llava import Llava, check_head
 
 DECODERS = ("llama", "qwen2")
 ASPECT = re.compile(r"anyres_max_([1-9]\d*)")
@@ -47,7 +47,7 @@ class LlavaOnevision(Llava):
                 f"vision tower {vision.model_type!r} is not supported in a LLaVA-OneVision; siglip_vision_model is"
             )
         check_head(vision)
-        check_decoder(text, DECODERS, "LLaVA-OneVision")
+        check_decoder(text, DECODERS, "a LLaVA-OneVision")
         if config.vision_feature_select_strategy != "full":
             raise UnsupportedModelError(
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} drops the first patch of a "

@@ -57,20 +57,15 @@ def see(model: Any, pixel_values: Tensor) -> Squares:
 def _modules(model: Any) -> tuple[Any, Any]:
     """The attention of the tower's last layer, and what hooks into where the projector reads tokens."""
     inner = model.model
-    if model.config.model_type == "internvl":
-        reads = inner.multi_modal_projector.linear_1
-        return inner.vision_tower.encoder.layer[-1].attention, lambda f: reads.register_forward_pre_hook(
-            lambda m, args: f(args[0])
-        )
+    if model.config.model_type in ("internvl", "llava"):
+        encoder, reads = inner.vision_tower.encoder, inner.multi_modal_projector.linear_1
+        own = model.config.model_type == "internvl"
+        attention = encoder.layer[-1].attention if own else encoder.layers[-1].self_attn
+        return attention, lambda f: reads.register_forward_pre_hook(lambda m, args: f(args[0]))
     if model.config.model_type == "gemma3":
         norm = inner.multi_modal_projector.mm_soft_emb_norm
         return inner.vision_tower.encoder.layers[-1].self_attn, lambda f: norm.register_forward_hook(
             lambda m, args, out: f(out)
-        )
-    if model.config.model_type == "llava":
-        reads = inner.multi_modal_projector.linear_1
-        return inner.vision_tower.encoder.layers[-1].self_attn, lambda f: reads.register_forward_pre_hook(
-            lambda m, args: f(args[0])
         )
     proj = inner.connector.modality_projection.proj
     return inner.vision_model.encoder.layers[-1].self_attn, lambda f: proj.register_forward_pre_hook(
