@@ -99,7 +99,7 @@ def contenders_for(side: int, radius: int, dtype: torch.dtype, causal: bool, fle
         for name, run in contenders.items():
             if not name.startswith("dense"):
                 torch.testing.assert_close(run(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
-    return contenders, dispatch.explain(q, [k], images, *options)
+    return contenders, dispatch.planned(q, [k], images, *options).explain()
 
 
 def forms(q: Tensor, k: Tensor, v: Tensor, order: Tensor, coords: Tensor, call: Call, grids: Grids) -> Contenders:

@@ -87,4 +87,4 @@ def captured(run: Runner, cache: VisualTextCache, inputs: dict[str, Tensor], cap
 
 
 def _buffers(cache: VisualTextCache) -> dict[str, Any]:
-    return {name: part.buffer for name, part in cache.text.items()}
+    return {name: part.whole() for name, part in cache.text.items()}

@@ -25,17 +25,24 @@ def numbered(tokens: int, dim: int = 2, start: int = 0) -> Tensor:
 @given(
     pieces=st.lists(st.integers(0, 3) | st.integers(GROWTH - 1, GROWTH + 1), min_size=1, max_size=6),
     dim=st.sampled_from([1, 2]),
+    asked=st.sets(st.integers(0, 5)),
 )
-def test_growing_holds_what_was_appended(pieces: list[int], dim: int) -> None:
+def test_growing_holds_what_was_appended(pieces: list[int], dim: int, asked: set[int]) -> None:
     parts, start = [], 0
     for count in pieces:
         parts.append(numbered(count, dim, start))
         start += count
-    growing = Growing(parts[0], dim)
-    for part in parts[1:]:
+    growing = Growing(parts[0], dim, empty=-1)
+    for place, part in enumerate(parts[1:]):
+        if place in asked:
+            growing.whole()
         growing.append(part)
     assert growing.length == start
+    written, free = growing.whole().tensor_split([start], dim)
     assert torch.equal(growing.view(), torch.cat(parts, dim))
+    assert torch.equal(written, growing.view())
+    assert free.shape[dim] == growing.buffer.shape[dim] - start
+    assert bool((free == -1).all())
 
 
 def test_appending_copies_only_when_the_room_is_full() -> None:

@@ -93,7 +93,7 @@ class VisualTextCache:
 
     def inputs(self, whole: bool = False) -> dict[str, Tensor | int]:
         """Cached inputs of the decode graph; `whole` with the room for growth, whose order is `PAD`."""
-        text = {name: part.buffer if whole else part.view() for name, part in self.text.items()}
+        text = {name: part.whole() if whole else part.view() for name, part in self.text.items()}
         blocks = {
             f"held_{name}_{layer}": value
             for layer, cache in self.evicting.items()

@@ -52,8 +52,7 @@ class HeavyRecentCache:
         self.sums.view().add_(scores[..., :-1])
         if self.k.length < self.most:
             for part in self.parts:
-                part.reserve(1)
-                part.length += 1
+                part.lengthen(1)
         slot = self._leaving()[..., None]
         wide = slot[..., None].expand(-1, -1, -1, k.shape[3])
         for part, new in ((self.k, k), (self.v, v)):

@@ -122,16 +122,21 @@ def _masked(
     return torch.cat(outs, 2)
 
 
-def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last n of m positions: q [B, H, n, e], k, v [B, Hk, m, e], n <= m."""
+def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float, early: int = 0, place: int = 0) -> Tensor:
+    """Causal attention of the last n of m positions: q [B, H, n, e], k, v [B, Hk, m, e], n <= m.
+
+    early: so many of the queries, the first ones, stand elsewhere, from `place` on.
+    """
     n, m = q.shape[2], k.shape[2]
     if n == m:
         return _sdpa(q, k, v, scale, causal=True)
+    positions = torch.arange(m, device=q.device)
+    places = torch.cat([positions[place : place + early], positions[m - n + early :]])
     outs = []
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         seen = m - n + stop
-        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).tril(seen - (stop - start))
+        mask = positions[:seen] <= places[start:stop, None]
         outs.append(_sdpa(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], scale, mask))
     return torch.cat(outs, 2) if outs else torch.empty_like(q)
 
@@ -168,10 +173,13 @@ def _text(q: list[Tensor], k: list[Tensor], v: list[Tensor], prefix: int, scale:
     """
     before = max(0, prefix - (k[1].shape[2] - q[0].shape[2]))
     keys, values = (in_sequence(x, prefix) for x in (k, v))
-    outs = [_lower_right(q[0][:, :, before:], keys, values, scale)]
-    if before:
-        outs.insert(0, _lower_right(q[0][:, :, :before], k[1][:, :, :prefix], v[1][:, :, :prefix], scale))
-    return torch.cat(outs, 2).transpose(1, 2).contiguous()
+    if before <= FEW_QUERIES:
+        # Not worth a call of their own.
+        out = _lower_right(q[0], keys, values, scale, before, prefix - before)
+    else:
+        first = _lower_right(q[0][:, :, :before], k[1][:, :, :prefix], v[1][:, :, :prefix], scale)
+        out = torch.cat([first, _lower_right(q[0][:, :, before:], keys, values, scale)], 2)
+    return out.transpose(1, 2).contiguous()
 
 
 _STRUCTURED = {"vt:vt": _whole, "t:t": _blind, "v:vt": _visual, "t:vt": _text}

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.kernels.processor import cpu_name
+from foveate.kernels.scratch import scratch
 
 LARGE = 2**18
 """Elements of a weight from which on oneDNN gains more than its calls take."""
@@ -43,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ordered: bo
     ordered=False: the result may lie in memory column by column, which is faster where tokens are few.
     """
     if pays() and _fits(x, weight, bias) and _large(x, weight):
-        return _onednn(x, weight.contiguous(), bias, ordered)
+        return _onednn(x, _whole(weight), bias, ordered)
     return functional.linear(x, weight, bias)
 
 
@@ -59,6 +60,13 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _large(x: Tensor, weight: Tensor) -> bool:
     tokens = x.numel() // max(1, weight.shape[1])
     return weight.numel() >= LARGE and tokens >= (1 if weight.is_contiguous() else MANY)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A part of a weight's columns, copied to where it lies row by row."""
+    if weight.is_contiguous():
+        return weight
+    return scratch("weight", weight.shape, weight).copy_(weight)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, ordered: bool) -> Tensor:

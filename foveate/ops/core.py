@@ -147,6 +147,8 @@ def attention_pairs(queries: Sequence[int], keys: Sequence[int], layout: str, pr
         return _lower_right_pairs(n, prefix + n)
     if layout == "t:vt":
         before = max(0, prefix - (keys[1] - n))
+        if before <= FEW_QUERIES:
+            return _lower_right_pairs(n, m)
         parts = _lower_right_pairs(n - before, m), _lower_right_pairs(before, prefix)
         return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
     return n * m, n * m
