@@ -18,9 +18,9 @@ from typing import Any
 
 from writing import RESULTS, replace, versions
 
-DECODER = {"layers": 12, "hidden": 1024, "heads": 16, "ffn": 2816, "visual_tokens": 576}
-TOWER = {"vision_layers": 2, "vision_hidden": 32, "vision_heads": 2}
-SMALL = {"layers": 2, "hidden": 32, "heads": 4, "ffn": 48, "visual_tokens": 16}
+DECODER: dict[str, Any] = {"layers": 12, "hidden": 1024, "heads": 16, "ffn": 2816, "visual_tokens": 576}
+TOWER: dict[str, Any] = {"vision_layers": 2, "vision_hidden": 32, "vision_heads": 2}
+SMALL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 4, "ffn": 48, "visual_tokens": 16}
 MODELS = {"digits": "fastv{layer=3,keep=0.5},cut-visual{from_layer=8}", "decoder": "recipe:yopo-25"}
 """Model -> its passes."""
 
@@ -49,8 +49,13 @@ def main() -> None:
     parser.add_argument("--only", choices=[name for name, *_ in LINES], help="renew one line of the results")
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     args = parser.parse_args()
-    if args.one or args.make:
-        print(json.dumps(one(*args.one, args.threads) if args.one else make(*args.make, args.quick, args.no_aoti)))
+    if args.one:
+        folder, backend, started = args.one
+        print(json.dumps(one(folder, backend, started, args.threads)))
+        return
+    if args.make:
+        model, folder = args.make
+        print(json.dumps(make(model, folder, args.quick, args.no_aoti)))
         return
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its times mean nothing and must not replace the results")

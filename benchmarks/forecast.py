@@ -27,7 +27,7 @@ from foveate.report.compare import batch_inputs, token_counts
 from foveate.report.figures import percent, times
 
 TEXT = 64
-MODELS: dict[str, dict[str, int]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "12 layers, 1024 wide, 576 tokens": {"layers": 12, "hidden": 1024, "heads": 16, "ffn": 2816, "visual_tokens": 576},
     "6 layers, 2048 wide, 576 tokens": {"layers": 6, "hidden": 2048, "heads": 16, "ffn": 5504, "visual_tokens": 576},
     "16 layers, 512 wide, 256 tokens": {"layers": 16, "hidden": 512, "heads": 8, "ffn": 1408, "visual_tokens": 256},
@@ -41,7 +41,7 @@ RECIPES = (
 )
 
 
-def measured(model: Any, inputs: Any, sizes: dict[str, int], device: Device, repeat: int) -> list[dict[str, Any]]:
+def measured(model: Any, inputs: Any, sizes: dict[str, Any], device: Device, repeat: int) -> list[dict[str, Any]]:
     """A row for each recipe on one model, all timed in turn in one process."""
     program = foveate.trace(model)
     contenders = {name: foveate.optimize(model, name, traced=program) for name in ("", *RECIPES)}
@@ -66,10 +66,10 @@ def run(threads: int, repeat: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with thread_count(threads):
         device = calibrate(seconds=8)
-        tower = {"vision_layers": 2, "vision_hidden": 32, "vision_heads": 2}
+        tower: dict[str, Any] = {"vision_layers": 2, "vision_hidden": 32, "vision_heads": 2}
         for name, shape in MODELS.items():
             model = random_llava(**shape, **tower)
-            inputs = random_inputs(model, text_tokens=TEXT)
+            inputs: Any = random_inputs(model, text_tokens=TEXT)
             rows += [
                 {"model": name, **row}
                 for row in measured(model, inputs, {"text_tokens": TEXT, "prefix_tokens": 3}, device, repeat)

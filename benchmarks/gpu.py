@@ -138,7 +138,7 @@ def model_rows(run: Run, name: str, shape: dict[str, Any]) -> None:
                 if not run.fits(f"{name}, {backend}, batch {batch}", 20 if backend == "eager" else 60):
                     continue
                 inputs = random_inputs(model, batch=batch, text_tokens=TEXT if not run.quick else 12)
-                contenders = {"Hugging Face": model, **programs} if backend == "eager" else programs
+                contenders: dict[str, Any] = {"Hugging Face": model, **programs} if backend == "eager" else programs
                 times = measure(contenders, inputs, 2 if run.quick else 5, 4 if run.quick else 8)
                 for label, timing in times.items():
                     peak = peak_bytes(run.device, partial(contenders[label], **inputs))
@@ -184,6 +184,11 @@ def captured_decode(program: Any, inputs: dict[str, Tensor], steps: int = 8) -> 
         program.capture_steps(False)
 
 
+def apart(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """A linear for each weight."""
+    return [linear(x, weight) for weight in weights]
+
+
 def projection_table(run: Run) -> None:
     """q, k and v, and gate and up, as one matmul with the weights behind one another, against one each."""
     shapes = {"small": (64, [64, 32, 32], [128, 128])} if run.quick else PROJECTIONS
@@ -197,10 +202,10 @@ def projection_table(run: Run) -> None:
                 weights = [torch.randn(width, hidden, device=run.device, dtype=dtype) for width in widths]
                 whole = torch.cat(weights)
                 seconds = 0.05 if run.quick else 0.2
-                apart = median_of(lambda x=x, ws=weights: [linear(x, w) for w in ws], seconds)
-                fused = median_of(lambda x=x, w=whole: linear(x, w), seconds)
+                each = median_of(partial(apart, x, weights), seconds)
+                fused = median_of(partial(linear, x, whole), seconds)
                 run.projections.append(
-                    {"model": name, "widths": widths, "tokens": tokens, "apart_s": apart, "fused_s": fused}
+                    {"model": name, "widths": widths, "tokens": tokens, "apart_s": each, "fused_s": fused}
                 )
     run.write()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import time
+from typing import Any
 
 import foveate
 from foveate.models.random import random_llava
 from foveate.passes import CutVisual, DropVisualHeads, DropVisualNeurons, FastV, RandomPrune
 
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "layers": 32,
     "hidden": 4096,
     "heads": 32,

@@ -42,8 +42,8 @@ TARGETS = (0.5, 0.25, 0.12)
 SEEDS = {"lookup": 8201, "row": 8202}
 FULL = {"questions": {"lookup": 200, "row": 100}, "rounds": 5, "prompts": 8}
 QUICK = {"questions": {"lookup": 8, "row": 4}, "rounds": 2, "prompts": 2}
-DECODER = {"layers": 12, "hidden": 1024, "heads": 16, "ffn": 2816, "visual_tokens": 576}
-VISION = {"vision_layers": 12, "vision_hidden": 512, "vision_heads": 8}
+DECODER: dict[str, Any] = {"layers": 12, "hidden": 1024, "heads": 16, "ffn": 2816, "visual_tokens": 576}
+VISION: dict[str, Any] = {"vision_layers": 12, "vision_hidden": 512, "vision_heads": 8}
 KEPT = 0.25
 CALIBRATION = 64
 """Questions that FitPrune's schedule is found by."""
@@ -325,7 +325,7 @@ def in_turn(dense: Any, optimized: Any, inputs: dict[str, Any], rounds: int) -> 
     return {name: statistics.median(values) for name, values in times.items()}, share
 
 
-def timed(decoder: dict[str, int], rounds: int, known: Rows, modules: Path) -> Iterator[dict[str, Any]]:
+def timed(decoder: dict[str, Any], rounds: int, known: Rows, modules: Path) -> Iterator[dict[str, Any]]:
     """For each method the median of prefills, dense ones in between, and what of it was selecting."""
     model = random_llava(**decoder, **VISION)
     inputs = random_inputs(model, prefix=32, text_tokens=64)

@@ -1,4 +1,4 @@
-"""Rotary embeddings and RMS norms as one call: what is replaced, what is not, and that it is the same."""
+"""Rotary embeddings, RMS norms and sums as one call: what is replaced, what is not, and that it is the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import foveate
 from foveate.backends.eager import graph_module
-from foveate.backends.fused import fuse, normed, rotated
+from foveate.backends.fused import fuse, normed, rotated, summed
+from foveate.ir.join import join
 from tests.models import tiny
 
 
@@ -55,6 +56,19 @@ def by_the_sum(x: Tensor, weight: Tensor) -> Tensor:
 
 def cubed(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6))
+
+
+def residual(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return x + torch.cat([a, b], 1)
+
+
+def residual_of_all_rows(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return x[:, :1] + torch.cat([a, b], 1)
+
+
+def residual_and_its_parts(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    both = torch.cat([a, b], 1)
+    return (x + both) * both
 
 
 def fused(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
@@ -98,6 +112,26 @@ def test_a_norm_is_one_call_and_the_same(tokens: int, size: int, function: Calla
     assert torch.equal(x, before)
 
 
+@settings(deadline=None)
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 5))
+def test_a_sum_with_a_concatenation_is_one_call_and_the_same(first: int, second: int, size: int) -> None:
+    # Sizes of 0 and 1 are special to the tracer, so what it makes of others is run with these.
+    module = fused(residual, *tensors(0, (2, 7, size), (2, 4, size), (2, 3, size)))
+    assert calls(module) == [summed]
+    inputs = tensors(first, (2, first + second, size), (2, first, size), (2, second, size))
+    before = [x.clone() for x in inputs]
+    assert torch.equal(module(*inputs), residual(*inputs))
+    assert all(map(torch.equal, inputs, before))
+
+
+@pytest.mark.parametrize("function", [residual_of_all_rows, residual_and_its_parts])
+def test_what_is_no_such_sum_stays(function: Callable[..., Tensor]) -> None:
+    inputs = tensors(0, (1, 7, 4), (1, 5, 4), (1, 2, 4))
+    module = fused(function, *inputs)
+    assert summed not in calls(module)
+    assert torch.equal(module(*inputs), function(*inputs))
+
+
 @pytest.mark.parametrize("function", [turned_the_other_way, of_thirds, one_value_for_all])
 def test_what_is_no_rotation_stays(function: Callable[..., Tensor]) -> None:
     inputs = tensors(0, *[(1, 2, 5, 12)] * 3)
@@ -135,7 +169,10 @@ def test_a_value_that_something_else_reads_is_still_there() -> None:
 def test_gradients_are_the_same() -> None:
     x, cos, sin = tensors(0, *[(1, 2, 5, 12)] * 3)
     y, weight = tensors(1, (1, 5, 12), (12,))
+    z, a, b = tensors(2, (1, 7, 4), (1, 5, 4), (1, 2, 4))
     for one, other, inputs in (
+        (residual, lambda z, a, b: summed(z, [a, b], 1), (z, a, b)),
+        (lambda b: residual(z, a, b), lambda b: summed(z, [a, b], 1), (b,)),
         (rotation, rotated, (x, cos, sin)),
         (norm, lambda y, weight: normed(y, weight, 1e-6), (y, weight)),
         # Only the weight learns.
@@ -145,8 +182,8 @@ def test_gradients_are_the_same() -> None:
         for function in (one, other):
             leaves = [value.clone().requires_grad_() for value in inputs]
             found.append(torch.autograd.grad(function(*leaves).square().sum(), leaves))
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b)
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "gemma3"])
@@ -157,6 +194,13 @@ def test_every_rotation_and_norm_of_a_decoder_is_replaced(name: str) -> None:
     assert targets.count(rotated) == 2 * program.info.layers
     assert targets.count(normed) > 2 * program.info.layers
     assert not {torch.ops.aten.rsqrt.default, torch.ops.aten.neg.default} & set(targets)
+
+
+def test_no_residual_of_both_streams_is_put_together_first() -> None:
+    program = foveate.optimize(tiny.llava(), "drop-visual-neurons{keep=0.5}").program
+    graph = join(program, program.graphs["prefill"], share=False)
+    targets = [node.target for node in graph_module(program, graph, "prefill").graph.nodes]
+    assert targets.count(summed) == program.info.layers - 1  # the last layer does nothing for visual tokens
 
 
 def test_weights_that_could_learn_are_not_written_to() -> None:
@@ -173,11 +217,15 @@ def test_weights_that_could_learn_are_not_written_to() -> None:
 def test_under_autocast_dtypes_and_values_are_those_of_the_ops() -> None:
     x, cos, sin = tensors(0, *[(1, 2, 5, 12)] * 3)
     y, weight = tensors(1, (1, 5, 12), (12,))
-    x, y = x.bfloat16(), y.bfloat16()
+    z, a, b = tensors(2, (1, 7, 4), (1, 5, 4), (1, 2, 4))
+    x, y, a = x.bfloat16(), y.bfloat16(), a.bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for found, expected in (
             (rotated(x, cos, sin), rotation(x, cos, sin)),
             (normed(y, weight, 1e-6), norm(y, weight)),
+            (summed(z, [a, b], 1), residual(z, a, b)),
+            (summed(z, [a, b.bfloat16()], 1), residual(z, a, b.bfloat16())),
+            (summed(z.bfloat16(), [a, b], 1), residual(z.bfloat16(), a, b)),
         ):
             assert found.dtype == expected.dtype == torch.float32
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -5,11 +5,14 @@ a place outside its image points at token 0 and its result is thrown away. So im
 op is a gather, a dense attention of small equal pieces with a mask, and a scatter. The query heads of one key head
 stand below one another in a tile, so that its keys are read once for all of them.
 
-In fp32 on a CPU the dense attention of a chunk is two batched products and a softmax: 1.4 times as fast as the fused
-kernel, which multiplies such small pieces one by one. With other dtypes that would round the scores.
+In fp32 on several CPU threads the dense attention of a chunk is two batched products and a softmax. The fused kernel
+multiplies such small pieces one by one, which two threads together do hardly faster than one. With other dtypes that
+would round the scores.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -36,69 +39,84 @@ class Tables:
     kinds: Tensor
     masks: Tensor
 
+    def some(self, part: slice) -> Tables:
+        """Those of some tiles only."""
+        return replace(self, **{name: getattr(self, name)[part] for name in ("queries", "keys", "results", "kinds")})
+
+    def mask(self) -> Tensor:
+        """What is added to the scores of each tile: [tiles, group * q, k]."""
+        return self.masks.index_select(0, self.kinds)
+
 
 def attend(x: Inputs, call: Call, grids: Grids | None, tiles: Tiles) -> Tensor:
     """`foveate::neighbor_attention` where the grids hold."""
     assert grids is not None  # the plan chooses tiles for grids only
     tables = _tables(call, grids, tiles, x.q.device)
-    queries, keys, values = _rows(x.q), _rows(*x.k), _rows(*x.v)
-    out = (queries.new_empty if call.filled(grids) else queries.new_zeros)(len(queries) + call.heads, call.size)
+    rows = _rows(x.q), _rows(*x.k), _rows(*x.v)
+    out = (x.q.new_empty if call.filled(grids) else x.q.new_zeros)(len(rows[0]) + 1, rows[0].shape[1])
     attended = _products if _plain(x) else _fused
-    asked, answered = (_places(index, call, call.heads) for index in (tables.queries, tables.results))
-    seen = _places(tables.keys, call, call.kv_heads)
     # Each thread has a cache of its own.
     step = tiles.step * torch.get_num_threads()
     for start in range(0, tiles.count, step):
-        part = slice(start, start + step)
-        mask = tables.masks.index_select(0, tables.kinds[part])
-        some = attended(_gathered(queries, asked[:, part]), keys, values, seen[:, part], mask, x.scale)
-        out.index_copy_(0, answered[:, part].flatten(), some.flatten(0, -2))
-    return out[: -call.heads].view(call.batch, call.tokens, call.heads, call.size)
+        attended(out, rows, tables.some(slice(start, start + step)), call, x.scale)
+    return out[:-1].view(call.batch, call.tokens, call.heads, call.size)
+
+
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Those of queries [tokens, H * e], of keys and of values [tokens, Hk * e]."""
 
 
 def _rows(visual: Tensor, text: Tensor | None = None) -> Tensor:
-    """Streams [B, H, n, e] as rows [B * n * H, e], those of text behind all others."""
-    rows = visual.transpose(1, 2).flatten(0, 2)
+    """Streams [B, H, n, e] as rows [B * n, H * e], those of text behind all others."""
+    rows = visual.transpose(1, 2).flatten(0, 1).flatten(1)
     return rows if text is None or not text.shape[2] else torch.cat([rows, _rows(text)])
 
 
-def _places(index: Tensor, call: Call, heads: int) -> Tensor:
-    """The rows of tokens [tiles, t] -> [Hk, tiles, heads of a group * t]."""
-    head = torch.arange(heads, device=index.device).view(call.kv_heads, 1, -1, 1)
-    return (heads * index[:, None] + head).flatten(2)
+def _fused(out: Tensor, rows: Rows, some: Tables, call: Call, scale: float) -> None:
+    """Write the results of some tiles to their rows of out [tokens + 1, H * e]."""
+    q, k, v = (
+        # [tiles * t, Hk * group * e] -> [tiles, Hk, group * t, e]
+        each.index_select(0, index.flatten())
+        .view(*index.shape, call.kv_heads, -1, call.size)
+        .permute(0, 2, 3, 1, 4)
+        .flatten(2, 3)
+        for each, index in zip(rows, (some.queries, some.keys, some.keys), strict=True)
+    )
+    made = scaled_dot_product_attention(q, k, v, attn_mask=some.mask()[:, None], scale=scale)
+    made = made.unflatten(2, (-1, some.queries.shape[1])).permute(0, 3, 1, 2, 4)
+    out.index_copy_(0, some.results.flatten(), made.reshape(-1, out.shape[1]))
 
 
-def _gathered(rows: Tensor, places: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows [tokens, e] at places [Hk, tiles, t] -> [Hk, tiles, t, e]."""
-    return torch.index_select(rows, 0, places.flatten(), out=out).view(*places.shape, -1)
-
-
-def _fused(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention of q [Hk, tiles, group * q, e] on the rows seen [Hk, tiles, k], mask [tiles, group * q, k] added."""
-    k, v = _gathered(keys, seen), _gathered(values, seen)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
-
-
-def _products(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """As `_fused`, without gradients."""
-    heads, tiles, rows, size = q.shape
+def _products(out: Tensor, rows: Rows, some: Tables, call: Call, scale: float) -> None:
+    """As `_fused`, without gradients. Rows are those of one head here, which products need together."""
+    queries, keys, values = (each.view(-1, call.size) for each in rows)
+    asked, answered = (_parts(index, call, call.heads) for index in (some.queries, some.results))
+    seen, mask = _parts(some.keys, call, call.kv_heads), some.mask()
+    pieces = call.kv_heads * len(mask)
+    q = queries.index_select(0, asked).view(pieces, -1, call.size)
+    scores = scratch("scores", (pieces, *mask.shape[1:]), q)
+    scores.view(call.kv_heads, *mask.shape).copy_(mask)
     # Values take the place of keys, once these have been multiplied.
-    some = scratch("tile", (seen.numel(), size), q)
-    pieces = some.view(heads * tiles, -1, size)
-    scores = scratch("scores", (heads * tiles, rows, pieces.shape[1]), q)
-    scores.view(heads, *mask.shape).copy_(mask)
-    _gathered(keys, seen, some)
-    torch.baddbmm(scores, q.flatten(0, 1), pieces.transpose(1, 2), alpha=scale, out=scores)
+    place = scratch("tile", (len(seen), call.size), q)
+    tile = place.view(pieces, -1, call.size)
+    torch.index_select(keys, 0, seen, out=place)
+    torch.baddbmm(scores, q, tile.transpose(1, 2), alpha=scale, out=scores)
     torch.softmax(scores, -1, out=scores)
-    _gathered(values, seen, some)
-    return scores @ pieces
+    torch.index_select(values, 0, seen, out=place)
+    out.view(-1, call.size).index_copy_(0, answered, (scores @ tile).view(-1, call.size))
+
+
+def _parts(index: Tensor, call: Call, heads: int) -> Tensor:
+    """Where rows [tiles, t] of all heads are, head by head: one axis of key head, tile, head of its group, token."""
+    head = torch.arange(heads, device=index.device).view(call.kv_heads, 1, -1, 1)
+    return (heads * index[:, None] + head).flatten()
 
 
 def _plain(x: Inputs) -> bool:
-    """Whether products are the faster way: see above."""
-    tensors = (x.q, *x.k, *x.v)
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return x.q.dtype == torch.float32 and x.q.device.type == "cpu" and not differentiated
+    """Whether products are the faster way, and compute the same."""
+    if x.q.dtype != torch.float32 or x.q.device.type != "cpu" or torch.get_num_threads() == 1:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, *x.k, *x.v)))
 
 
 @lru_cache(maxsize=32)
