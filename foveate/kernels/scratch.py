@@ -28,6 +28,6 @@ def scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
     if kept is None or len(kept) < bytes_:
         # Made outside of inference mode, since the next call may be too.
         with torch.inference_mode(False):
-            kept = torch.empty(bytes_, dtype=torch.uint8)
+            kept = torch.empty(bytes_, dtype=torch.uint8, device="cpu")
         setattr(_KEPT, name, kept)
     return kept[:bytes_].view(like.dtype).view(shape)

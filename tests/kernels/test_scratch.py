@@ -47,6 +47,12 @@ def test_memory_from_inference_mode_serves_outside_of_it() -> None:
     assert weight.grad.tolist() == [2] * 8
 
 
+def test_it_is_on_the_cpu_whatever_the_default_is() -> None:
+    with torch.device("meta"):
+        made = scratch("test device", (8,), LIKE)
+    assert made.device.type == "cpu"
+
+
 def test_each_thread_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears, "pays", lambda: torch.backends.mkldnn.is_available())
     together = Barrier(2)

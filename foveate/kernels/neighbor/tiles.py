@@ -89,7 +89,7 @@ def _fused(out: Tensor, rows: Rows, some: Tables, call: Call, scale: float) -> N
 
 def _products(out: Tensor, rows: Rows, some: Tables, call: Call, scale: float) -> None:
     """As `_fused`, without gradients. Rows are those of one head here, which products need together."""
-    queries, keys, values = (each.view(-1, call.size) for each in rows)
+    queries, keys, values = (each.reshape(-1, call.size) for each in rows)
     asked, answered = (_parts(index, call, call.heads) for index in (some.queries, some.results))
     seen, mask = _parts(some.keys, call, call.kv_heads), some.mask()
     pieces = call.kv_heads * len(mask)
