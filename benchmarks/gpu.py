@@ -139,7 +139,7 @@ def model_rows(run: Run, name: str, shape: dict[str, Any]) -> None:
                     continue
                 inputs = random_inputs(model, batch=batch, text_tokens=TEXT if not run.quick else 12)
                 contenders: dict[str, Any] = {"Hugging Face": model, **programs} if backend == "eager" else programs
-                times = measure(contenders, inputs, 2 if run.quick else 5, 4 if run.quick else 8)
+                times = measure(contenders, inputs, 2 if run.quick else 3, 4 if run.quick else 8)
                 for label, timing in times.items():
                     peak = peak_bytes(run.device, partial(contenders[label], **inputs))
                     found = row(name, backend, batch, label, timing, peak, programs)
