@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from foveate.ir.weights import aten
+from foveate.kernels.gradients import recorded
 
 
 def fuse(graph: fx.Graph) -> None:
@@ -44,7 +45,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., n] over the root of the mean of its squares, times weight [n]."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if recorded(x, weight):
         return weight * (x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt())
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scaled = x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -56,7 +57,7 @@ def summed(x: Tensor, parts: list[Tensor], axis: int) -> Tensor:
     """x + torch.cat(parts, axis), of the same shape."""
     every = (x, *parts)
     # Under autocast dtypes may differ.
-    if len({t.dtype for t in every}) > 1 or (torch.is_grad_enabled() and any(t.requires_grad for t in every)):
+    if len({t.dtype for t in every}) > 1 or recorded(*every):
         return x + torch.cat(parts, axis)
     out = torch.empty_like(x)
     sizes = [part.shape[axis] for part in parts]

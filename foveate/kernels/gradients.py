@@ -74,5 +74,10 @@ def differentiable(
     torch.library.register_autograd(f"foveate::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these, so that nothing may be written in place."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _has_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from foveate.kernels.gradients import recorded
 from foveate.kernels.processor import cpu_name
 from foveate.kernels.scratch import scratch
 
@@ -52,7 +53,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN computes the same: fp32 on a CPU, with nothing to differentiate or to cast."""
     if not (x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
         return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if recorded(x, weight, bias):
         return False
     return not torch.is_autocast_enabled("cpu")
 

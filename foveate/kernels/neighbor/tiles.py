@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from foveate.kernels.gradients import recorded
 from foveate.kernels.neighbor.inputs import Inputs, added, near
 from foveate.kernels.scratch import scratch
 from foveate.neighborhood import Call, Grid, Grids, Tiles
@@ -116,7 +117,7 @@ def _plain(x: Inputs) -> bool:
     """Whether products are the faster way, and compute the same."""
     if x.q.dtype != torch.float32 or x.q.device.type != "cpu" or torch.get_num_threads() == 1:
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, *x.k, *x.v)))
+    return not recorded(x.q, *x.k, *x.v)
 
 
 @lru_cache(maxsize=32)
