@@ -15,15 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tests.oracle.masked import (
-    _appended,
-    _installed,
-    _left_padded,
-    _positions,
-    _Run,
-    _Tokens,
-)
 from tests.oracle.masks import Masks, last_place
+from tests.oracle.prompts import Tokens, appended, left_padded, positions
+from tests.oracle.run import Run, installed
 
 Held = list[list[list[list[int]]]]
 """[layer][row][key head]: places of the tokens that are cached, rising, in the prompt padded on the left."""
@@ -96,10 +90,10 @@ class HeavyRecent:
         return sorted(heavy) + recent
 
 
-class _Evicting(_Run):
+class _Evicting(Run):
     """A masked run in which the last tokens see what their head's cache holds; held: before each of them."""
 
-    def __init__(self, masks: Masks, tokens: _Tokens, held: list[Held]) -> None:
+    def __init__(self, masks: Masks, tokens: Tokens, held: list[Held]) -> None:
         super().__init__(masks, tokens)
         self.held = held
         self.weights: list[Tensor] = []
@@ -137,7 +131,7 @@ def decoded(
     model: Any, inputs: Mapping[str, Tensor], masks: Masks, makes: Any, tokens: Tensor, kv_heads: int
 ) -> Decoded:
     """Feed a prompt, then `tokens` int64 [B, T] one by one; makes: a new policy for a layer, row and head."""
-    inputs, masks = _left_padded(inputs, masks)
+    inputs, masks = left_padded(inputs, masks)
     logits, run = _forward(model, inputs, masks, [])
     masks = replace(
         masks,
@@ -157,7 +151,7 @@ def decoded(
         )
     result = Decoded([logits], [held])
     for token in tokens.unbind(1):
-        inputs, masks = _appended(inputs, masks, token)
+        inputs, masks = appended(inputs, masks, token)
         last += 1
         logits, run = _forward(model, inputs, masks, result.held)
         held = []
@@ -181,9 +175,9 @@ def _grouped(weights: Tensor, kv_heads: int) -> Tensor:
 
 
 def _forward(model: Any, inputs: Mapping[str, Tensor], masks: Masks, held: list[Held]) -> tuple[Tensor, _Evicting]:
-    run = _Evicting(masks, _Tokens.of(model, inputs), held)
-    arguments = {**inputs, "position_ids": _positions(model, inputs, run.tokens.attended)}
-    with _installed(model, run):
+    run = _Evicting(masks, Tokens.of(model, inputs), held)
+    arguments = {**inputs, "position_ids": positions(model, inputs, run.tokens.attended)}
+    with installed(model, run):
         logits = model(**arguments, use_cache=False).logits
     rows = torch.arange(len(logits))
     return logits[rows, last_place(run.tokens.attended)].float(), run

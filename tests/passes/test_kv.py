@@ -1,28 +1,17 @@
-"""Cache policies: every decode step equals the Hugging Face model masked to what a list keeps, head by head."""
+"""Both cache policies behind other passes, saved, generating, compiled, trained, and priced."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate.cache import HeavyRecentCache, VisualTextCache
-from foveate.errors import FoveateWarning, InputError, PassError
-from foveate.ir.rules import verify
-from foveate.ir.split import structure
-from foveate.ir.text import parse_graphs
-from foveate.model import OptimizedModel
-from foveate.models.random import random_inputs, random_llava
-from foveate.ops import PAD
+from foveate.errors import PassError
+from foveate.models.random import random_inputs
 from foveate.passes import (
     CutVisual,
     DivPrune,
@@ -35,16 +24,14 @@ from foveate.passes import (
     PyramidDrop,
     SnapKV,
     parse_pipeline,
-    pipeline_text,
 )
 from tests.ir.test_cost import COUNTED
 from tests.oracle import kv, vision
 from tests.oracle.masks import Masks, Neighbors, Prune
-from tests.passes.check import PROMPTS, TOLERANCE, optimize
+from tests.passes.check import TOLERANCE, optimize
 from tests.passes.conftest import FFN, LAYERS
+from tests.passes.stepwise import check, stepwise
 from tests.passes.test_vision import by, diverse, everything
-
-STEPS = 5
 
 LONG: tuple[dict[str, Any], ...] = (
     {"text_tokens": 24},
@@ -52,141 +39,8 @@ LONG: tuple[dict[str, Any], ...] = (
     {"batch": 3, "padding": "right"},
 )
 
-
-def check(
-    model: Any,
-    passes: Sequence[Pass],
-    makes: Any,
-    masks: Masks | None = None,
-    prompts: Sequence[dict[str, Any]] = PROMPTS,
-    steps: int = STEPS,
-) -> OptimizedModel:
-    """Hold prefill and decode steps of random tokens against the oracle, and what each head holds."""
-    assert parse_pipeline(pipeline_text(passes)) == list(passes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FoveateWarning)
-        optimized = optimize(model, passes)
-    program = optimized.program
-    verify(program)
-    for name in ("vision", "prefill"):
-        assert structure(parse_graphs(program, program.to_text(name))[name]) == structure(program.graphs[name])
-    for number, prompt in enumerate(prompts):
-        inputs = random_inputs(model, seed=number, **prompt)
-        tokens = torch.randint(3, 40, (len(inputs["input_ids"]), steps), generator=torch.Generator().manual_seed(1))
-        expected = kv.decoded(model, inputs, masks or Masks(), makes, tokens, program.info.kv_heads)
-        logits, held, cache = stepwise(optimized, inputs, tokens)
-        for step, (mine, theirs) in enumerate(zip(logits, expected.logits, strict=True)):
-            error = (mine - theirs).abs().max().item()
-            assert error < TOLERANCE, f"{prompt}, step {step}: logits differ from the oracle by {error:.1e}"
-        assert held == ranks(expected.held[0], inputs), prompt
-        for layer, evicting in cache.evicting.items():
-            left = later(held[layer], evicting, inputs, steps)
-            assert left == ranks(expected.held[-1], inputs)[layer], f"{prompt}, layer {layer}"
-    return optimized
-
-
-@torch.inference_mode()
-def stepwise(optimized: Any, inputs: Any, tokens: Tensor) -> tuple[list[Tensor], kv.Held, VisualTextCache]:
-    """Logits behind the prompt and each token, what was held behind the prompt, and the cache."""
-    out = optimized(**inputs)
-    logits, cache = [out.logits[:, 0]], out.past_key_values
-    for token in tokens.unbind(1):
-        logits.append(optimized(input_ids=token[:, None], past_key_values=cache).logits[:, 0])
-    return logits, numbered(out.held, inputs), cache
-
-
-def later(held: list[list[list[int]]], cache: HeavyRecentCache, inputs: Any, steps: int) -> list[list[list[int]]]:
-    """What a layer's cache holds after so many steps, as numbers among a row's real tokens; held: before them."""
-    numbers = cache.numbers.view()
-    found: list[list[list[int]]] = []
-    for b, row in enumerate(held):
-        names = [[*head, *(int(inputs["attention_mask"][b].sum()) + step for step in range(steps))] for head in row]
-        found.append([sorted(names[h][n] for n in numbers[b, h].tolist() if n != PAD) for h in range(len(row))])
-    return found
-
-
-def numbered(held: dict[int, Tensor], inputs: Any) -> kv.Held:
-    """Places as numbers among a row's real tokens."""
-    number = inputs["attention_mask"].cumsum(1) - 1
-    return [
-        [[sorted(number[b, p].item() for p in head[head != PAD]) for head in row] for b, row in enumerate(held[layer])]
-        for layer in sorted(held)
-    ]
-
-
-def ranks(held: kv.Held, inputs: Any) -> kv.Held:
-    """Places in the prompt padded on the left as numbers among a row's real tokens."""
-    pads = (inputs["attention_mask"] == 0).sum(1).tolist()
-    return [[[[p - pads[b] for p in head] for head in row] for b, row in enumerate(layer)] for layer in held]
-
-
-SNAPS = (
-    {"capacity": 14, "window": 6},
-    {"capacity": 12, "window": 11, "kernel": 3, "pooling": "max"},
-    {"capacity": 0.5, "window": 4, "kernel": 1},
-    {"capacity": 0.1, "window": 5, "pooling": "max"},
-    {"capacity": 30, "window": 1},
-)
-
-
-def snap(options: dict[str, Any]) -> Any:
-    return lambda: kv.SnapKV(**options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", SNAPS, ids=str)
-def test_snapkv(model: Any, options: dict[str, Any]) -> None:
-    check(model, [SnapKV(**options)], snap(options))
-
-
-def test_snapkv_holds_what_eager_attention_matrices_say(gqa: Any) -> None:
-    inputs = random_inputs(gqa, seed=3, text_tokens=20)
-    before = gqa.config._attn_implementation
-    gqa.set_attn_implementation("eager")
-    with torch.inference_mode():
-        matrices = gqa(**inputs, output_attentions=True).attentions
-        held = optimize(gqa, [SnapKV(14, 6)])(**inputs).held
-    gqa.set_attn_implementation(before)
-    length = inputs["input_ids"].shape[1]
-    for layer, matrix in enumerate(matrices):
-        for head, rows in enumerate(matrix[0].unflatten(0, (2, -1)).sum(1)):
-            assert held[layer][0, head].tolist() == kv.SnapKV(14, 6).start(list(range(length)), rows)
-
-
-def test_a_prompt_within_the_capacity_is_kept_whole(gqa: Any) -> None:
-    inputs = random_inputs(gqa, batch=2)
-    tokens = torch.tensor([[5, 6, 7]] * 2)
-    dense = optimize(gqa, [])
-    for passes in ("snapkv", "snapkv{capacity=40,window=28}"):
-        optimized = optimize(gqa, passes)
-        with torch.inference_mode():
-            a, b = dense(**inputs), optimized(**inputs)
-            assert torch.equal(a.logits, b.logits)
-            for token in tokens.unbind(1):
-                pair = [
-                    run(input_ids=token[:, None], past_key_values=out.past_key_values).logits
-                    for run, out in ((dense, a), (optimized, b))
-                ]
-                torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
-
-
-BUDGETS = ((0.5, 0.5), (5, 3), (0.2, 0.3), (0, 6), (0.3, 4), (100, 0.1))
-
-
-@pytest.mark.parametrize("budgets", BUDGETS, ids=str)
-def test_heavy_recent(model: Any, budgets: tuple[float, float]) -> None:
-    check(model, [HeavyRecent(*budgets)], lambda: kv.HeavyRecent(*budgets), prompts=PROMPTS[1:5])
-
-
-@pytest.mark.slow
-def test_heavy_recent_over_a_long_answer(gqa: Any) -> None:
-    prompts = ({"batch": 2, "padding": "left", "images_per_row": [1, 0]},)
-    check(gqa, [HeavyRecent()], lambda: kv.HeavyRecent(0.5, 0.5), prompts=prompts, steps=45)
-    check(gqa, [HeavyRecent(6, 8)], lambda: kv.HeavyRecent(6, 8), prompts=prompts, steps=45)
-
-
 ORACLES = {
-    "snapkv": (SnapKV(12, 7), snap({"capacity": 12, "window": 7})),
+    "snapkv": (SnapKV(12, 7), lambda: kv.SnapKV(12, 7)),
     "heavy-recent": (HeavyRecent(0.3, 4), lambda: kv.HeavyRecent(0.3, 4)),
 }
 
@@ -326,6 +180,20 @@ def test_bytes_are_those_that_are_promised(gqa: Any, name: str, new: int) -> Non
     assert cache.nbytes() == spent.kv_bytes
 
 
+def test_tokens_at_once_are_tokens_one_by_one(gqa: Any) -> None:
+    inputs = random_inputs(gqa, batch=3, padding="left")
+    tokens = torch.randint(3, 40, (3, 12))
+    for name in ORACLES:
+        optimized = optimize(gqa, [ORACLES[name][0]])
+        logits, _, one = stepwise(optimized, inputs, tokens)
+        with torch.inference_mode():
+            many = optimized(**inputs).past_key_values
+            for part in tokens.split(5, 1):
+                last = optimized(input_ids=part, past_key_values=many).logits[:, 0]
+        torch.testing.assert_close(last, logits[-1], atol=1e-5, rtol=1e-5)
+        assert many.get_seq_length() == one.get_seq_length()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLES)
 def test_inductor(gqa: Any, name: str) -> None:
@@ -361,63 +229,6 @@ def test_bad_options_are_refused(passes: str) -> None:
     assert BAD[passes] in str(error.value)
 
 
-@pytest.mark.parametrize(("heavy", "recent"), [(0.5, 0.5), (9, 7)])
-def test_a_cache_is_bounded_however_long_the_answer_is(gqa: Any, heavy: float, recent: float) -> None:
-    optimized = optimize(gqa, [CutVisual(3), HeavyRecent(heavy, recent)])
-    inputs = random_inputs(gqa, batch=2, text_tokens=15)
-    _, _, cache = stepwise(optimized, inputs, torch.full((2, 1), 5))
-    token = torch.full((2, 1), 5)
-    whole = [inputs["input_ids"].shape[1]] * 3 + [15]  # the last layer has text alone
-    most = [16] * 4 if heavy == 9 else whole
-    pointers = set()
-    for _ in range(300):
-        with torch.inference_mode():
-            optimized(input_ids=token, past_key_values=cache)
-        assert [cache.evicting[layer].k.buffer.shape[2] for layer in range(4)] == most
-        pointers.add(tuple(part.buffer.data_ptr() for layer in cache.evicting.values() for part in layer.parts))
-    assert cache.nbytes() == foveate.cost(optimized.program, text_tokens=15, batch=2, new_tokens=301).kv_bytes
-    assert len(pointers) == 1, "steps write in place"
-    assert not cache.text
-
-
-def test_tokens_at_once_are_tokens_one_by_one(gqa: Any) -> None:
-    inputs = random_inputs(gqa, batch=3, padding="left")
-    tokens = torch.randint(3, 40, (3, 12))
-    for name in ORACLES:
-        optimized = optimize(gqa, [ORACLES[name][0]])
-        logits, _, one = stepwise(optimized, inputs, tokens)
-        with torch.inference_mode():
-            many = optimized(**inputs).past_key_values
-            for part in tokens.split(5, 1):
-                last = optimized(input_ids=part, past_key_values=many).logits[:, 0]
-        torch.testing.assert_close(last, logits[-1], atol=1e-5, rtol=1e-5)
-        assert many.get_seq_length() == one.get_seq_length()
-
-
-def test_of_equal_sums_the_later_token_leaves() -> None:
-    """And free slots are taken first, of each row its own budget."""
-    numbers = torch.arange(4).expand(2, 1, 4)
-    places = numbers.masked_fill(torch.tensor([[[False] * 4], [[False, False, False, True]]]), PAD)
-    sums = torch.tensor([[[2.0, 1.0, 1.0, 9.0]], [[3.0, 1.0, 5.0, 0.0]]])
-    k = torch.zeros(2, 1, 4, 2)
-    cache = HeavyRecentCache(k, k, places, sums, torch.tensor([[3, 1], [3, 2]]))
-    assert [part.buffer.shape[2] for part in cache.parts] == [5] * 4
-    new, paid = torch.ones(2, 1, 1, 2), torch.zeros(2, 1, 5)
-    cache.step(new, new, paid)
-    assert cache.numbers.view()[:, 0].tolist() == [[0, 1, 4, 3, PAD], [0, 1, 2, 3, PAD]]
-    cache.step(new, new, torch.cat([paid, paid[..., :1]], 2))
-    assert cache.numbers.view()[:, 0].tolist() == [[0, 1, 5, 3, PAD], [0, 1, 2, 3, 4]]
-    cache.step(new, new, torch.cat([paid, paid[..., :1]], 2))
-    assert cache.numbers.view()[:, 0].tolist() == [[0, 1, 6, 3, PAD], [0, 1, 2, 5, 4]]
-    assert cache.k.view()[0, 0, :, 0].tolist() == [0, 0, 1, 0, 0]
-
-
-def test_steps_that_evict_are_not_captured(gqa: Any) -> None:
-    optimized = optimize(gqa, [HeavyRecent()])
-    with pytest.raises(InputError, match="captured"):
-        optimized.capture_steps()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLES)
 def test_training_does_not_see_it(gqa: Any, name: str) -> None:
@@ -436,49 +247,3 @@ def test_diffs_and_notes_say_what_is_cached(gqa: Any) -> None:
     assert "at most floor(0.4 x tokens) keys a head of the prompt" in " ".join(str(snap.report()).split())
     heavy = " ".join(str(optimize(gqa, [HeavyRecent(9, 0.1)]).report()).split())
     assert "at most 9 keys a head by what was paid to them, and the last ceil(0.1 x tokens)" in heavy
-
-
-_MODELS: dict[tuple[int, int], Any] = {}
-
-
-@st.composite
-def cases(draw: Any) -> Any:
-    shape = draw(st.sampled_from([(4, 4), (4, 2), (6, 2), (4, 1)]))
-    if shape not in _MODELS:
-        heads, kv_heads = shape
-        _MODELS[shape] = random_llava(layers=2, hidden=heads * 8, heads=heads, kv_heads=kv_heads, ffn=48)
-    counts = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3))
-    prompt = {
-        "images_per_row": counts,
-        "batch": len(counts),
-        "padding": draw(st.sampled_from(["left", "right"])),
-        "text_tokens": draw(st.integers(6, 20)),
-        "prefix": draw(st.integers(0, 3)),
-    }
-    return _MODELS[shape], prompt
-
-
-@pytest.mark.slow
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    case=cases(),
-    window=st.integers(1, 20),
-    extra=st.integers(1, 20) | st.floats(0.05, 0.95),
-    kernel=st.sampled_from([1, 3, 5, 7]),
-    pooling=st.sampled_from(["avg", "max"]),
-)
-def test_any_snapkv(case: Any, window: int, extra: float, kernel: int, pooling: str) -> None:
-    capacity = extra if isinstance(extra, float) else window + extra
-    options = {"capacity": capacity, "window": window, "kernel": kernel, "pooling": pooling}
-    check(case[0], [SnapKV(**options)], snap(options), prompts=[case[1]], steps=2)
-
-
-@pytest.mark.slow
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    case=cases(),
-    heavy=st.integers(0, 20) | st.floats(0.05, 0.95),
-    recent=st.integers(1, 20) | st.floats(0.05, 0.95),
-)
-def test_any_heavy_recent(case: Any, heavy: float, recent: float) -> None:
-    check(case[0], [HeavyRecent(heavy, recent)], lambda: kv.HeavyRecent(heavy, recent), prompts=[case[1]], steps=6)
