@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accuracy_page import markdown, write
-from writing import RESULTS, replace
+from writing import RESULTS, needs, replace
 
 import foveate
 from foveate.cli.data import DigitExamples
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="rows at once, one thread each (default: 2)")
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     args = parser.parse_args()
+    needs(parser, "accelerate", "peft", "matplotlib")
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its figures mean nothing and must not replace the results")
     folder: Path = args.output or RESULTS

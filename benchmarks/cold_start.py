@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from writing import RESULTS, replace, versions
+from writing import RESULTS, needs, replace, versions
 
 DECODER: dict[str, Any] = {"layers": 12, "hidden": 1024, "heads": 16, "ffn": 2816, "visual_tokens": 576}
 TOWER: dict[str, Any] = {"vision_layers": 2, "vision_hidden": 32, "vision_heads": 2}
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--only", choices=[name for name, *_ in LINES], help="renew one line of the results")
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     args = parser.parse_args()
+    needs(parser, "onnx", "onnxruntime")
     if args.one:
         folder, backend, started = args.one
         print(json.dumps(one(folder, backend, started, args.threads)))

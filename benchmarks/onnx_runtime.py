@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefill import FULL, QUICK, bench
-from writing import RESULTS, replace, versions
+from writing import RESULTS, needs, replace, versions
 
 PASSES = ("recipe:yopo-25", "recipe:yopo-12", "fastv{layer=2,keep=0.25}")
 BACKENDS = ("eager", "onnx")
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="processes of each backend, which take turns (default: 2)")
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     args = parser.parse_args()
+    needs(parser, "onnx", "onnxruntime")
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its times mean nothing and must not replace the results")
     folder: Path = args.output or RESULTS

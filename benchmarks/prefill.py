@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from writing import RESULTS, replace, versions
+from writing import RESULTS, needs, replace, versions
 
 RUNS = (
     ("recipe:yopo-25", 1),
@@ -49,8 +49,11 @@ def main() -> None:
         parser.error("--quick needs -o DIR: its times mean nothing and must not replace the results")
     folder: Path = args.output or RESULTS
     sizes = QUICK if args.quick else FULL
+    backends = args.backend or BACKENDS
+    if "onnx" in backends:
+        needs(parser, "onnx", "onnxruntime")
     runs = []
-    for backend in args.backend or BACKENDS:
+    for backend in backends:
         for passes, batch in RUNS:
             print(f"{backend}: {passes}, batch {batch} ...", file=sys.stderr, flush=True)
             runs.append({"name": passes, **bench(passes, backend, {**sizes, "batch": batch})})

@@ -18,7 +18,7 @@ from accuracy import nearest
 from selection_methods import BLIND, METHODS, TARGETS, Method, Rows, calibrated, lengths, placed, prompts
 from selection_page import markdown
 from selection_time import DECODER, timed, timed_on_digits
-from writing import RESULTS, replace
+from writing import RESULTS, needs, replace
 
 import foveate
 from foveate.evaluate import evaluate
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     parser.add_argument("--modules", type=Path, help="folder of trained modules, made where they are missing")
     args = parser.parse_args()
+    needs(parser, "accelerate")
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its figures mean nothing and must not replace the results")
     folder: Path = args.output or RESULTS
