@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--only", choices=[name for name, *_ in LINES], help="renew one line of the results")
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     args = parser.parse_args()
-    needs(parser, "onnx", "onnxruntime")
     if args.one:
         folder, backend, started = args.one
         print(json.dumps(one(folder, backend, started, args.threads)))
@@ -60,6 +59,7 @@ def main() -> None:
         return
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its times mean nothing and must not replace the results")
+    needs(parser, "onnx", "onnxruntime")
     target: Path = args.output or RESULTS
     file = target / "cold-start.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if args.only else []

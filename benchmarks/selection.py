@@ -45,9 +45,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help=f"folder for the results (default: {RESULTS.name})")
     parser.add_argument("--modules", type=Path, help="folder of trained modules, made where they are missing")
     args = parser.parse_args()
-    needs(parser, "accelerate")
     if args.quick and args.output is None:
         parser.error("--quick needs -o DIR: its figures mean nothing and must not replace the results")
+    if args.only != "time":
+        needs(parser, "accelerate")
     folder: Path = args.output or RESULTS
     size: dict[str, Any] = QUICK if args.quick else FULL
     file = folder / "selection.json"

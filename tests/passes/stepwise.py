@@ -23,8 +23,6 @@ from tests.oracle import kv
 from tests.oracle.masks import Masks
 from tests.passes.check import PROMPTS, TOLERANCE, optimize
 
-STEPS = 5
-
 
 def check(
     model: Any,
@@ -32,7 +30,7 @@ def check(
     makes: Any,
     masks: Masks | None = None,
     prompts: Sequence[dict[str, Any]] = PROMPTS,
-    steps: int = STEPS,
+    steps: int = 5,
 ) -> OptimizedModel:
     """Hold prefill and decode steps of random tokens against the oracle, and what each head holds."""
     assert parse_pipeline(pipeline_text(passes)) == list(passes)
